@@ -1,0 +1,134 @@
+package netstack
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// link is the network card of the stack: gVisor writes packets to it, they
+// leave through out; deliver brings packets in.
+type link struct {
+	mtu     int
+	gsoMax  uint32
+	out     func([][]byte)
+	trains  sync.Pool // of *train
+	sending gate      // calls of out
+	taking  gate      // calls of deliver
+
+	dispatcher atomic.Pointer[stack.NetworkDispatcher] // nil before Attach and after the NIC is gone
+}
+
+var _ stack.LinkEndpoint = (*link)(nil)
+var _ stack.GSOEndpoint = (*link)(nil)
+
+func newLink(mtu int, out func([][]byte)) *link {
+	l := &link{mtu: mtu, gsoMax: gsoSize(mtu), out: out}
+	l.trains.New = func() any { return new(train) }
+	l.sending.init()
+	l.taking.init()
+	return l
+}
+
+// WritePackets sends packets out in one batch. It never fails: a packet that
+// cannot leave is lost, as on any network.
+func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
+	pkts := list.AsSlice()
+	if !l.sending.enter() {
+		return len(pkts), nil
+	}
+	defer l.sending.leave()
+	t := l.trains.Get().(*train)
+	t.fill(pkts)
+	if len(t.packets) > 0 {
+		l.out(t.packets)
+	}
+	t.reset()
+	l.trains.Put(t)
+	return len(pkts), nil
+}
+
+// deliver hands copies of packets to the stack.
+func (l *link) deliver(packets [][]byte) {
+	if !l.taking.enter() {
+		return
+	}
+	defer l.taking.leave()
+	dispatcher := l.dispatcher.Load()
+	if dispatcher == nil {
+		return
+	}
+	for _, p := range packets {
+		proto, ok := admit(p)
+		if !ok {
+			continue
+		}
+		pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(p)})
+		(*dispatcher).DeliverNetworkPacket(proto, pkt)
+		pkt.DecRef()
+	}
+}
+
+// admit tells the IP version of a packet and drops what no member of the
+// mesh may send: loopback and multicast addresses, neighbour and router
+// discovery, multicast listener messages, redirects, and "packet too big" (the
+// MTU of the mesh is a constant; believing a lie would let anyone who
+// guesses the ports of a connection shrink its segments to a byte).
+func admit(p []byte) (tcpip.NetworkProtocolNumber, bool) {
+	if len(p) == 0 || len(p) > maxMTU {
+		return 0, false
+	}
+	switch p[0] >> 4 {
+	case 4:
+		if len(p) < header.IPv4MinimumSize || p[12] == 127 || p[16] == 127 || p[16] >= 224 {
+			return 0, false
+		}
+		if hl := int(p[0]&15) * 4; p[9] == 1 && len(p) > hl+1 {
+			if typ, code := p[hl], p[hl+1]; typ == 5 || typ == 3 && code == 4 {
+				return 0, false
+			}
+		}
+		return header.IPv4ProtocolNumber, true
+	case 6:
+		if len(p) < header.IPv6MinimumSize || p[24] == 0xff || isLoopback6(p[8:24]) || isLoopback6(p[24:40]) {
+			return 0, false
+		}
+		if p[6] == 58 && len(p) > 40 {
+			if typ := p[40]; typ == 2 || typ >= 130 && typ <= 137 || typ == 143 {
+				return 0, false
+			}
+		}
+		return header.IPv6ProtocolNumber, true
+	}
+	return 0, false
+}
+
+func isLoopback6(a []byte) bool { return [16]byte(a) == [16]byte{15: 1} }
+
+func (l *link) Attach(d stack.NetworkDispatcher) {
+	if d == nil {
+		l.dispatcher.Store(nil)
+		return
+	}
+	l.dispatcher.Store(&d)
+}
+
+func (l *link) IsAttached() bool                             { return l.dispatcher.Load() != nil }
+func (l *link) MTU() uint32                                  { return uint32(l.mtu) }
+func (l *link) SetMTU(uint32)                                {}
+func (l *link) MaxHeaderLength() uint16                      { return 0 }
+func (l *link) LinkAddress() tcpip.LinkAddress               { return "" }
+func (l *link) SetLinkAddress(tcpip.LinkAddress)             {}
+func (l *link) Capabilities() stack.LinkEndpointCapabilities { return stack.CapabilityNone }
+func (l *link) Wait()                                        {}
+func (l *link) Close()                                       {}
+func (l *link) SetOnCloseAction(func())                      {}
+func (l *link) ARPHardwareType() header.ARPHardwareType      { return header.ARPHardwareNone }
+func (l *link) AddHeader(*stack.PacketBuffer)                {}
+func (l *link) ParseHeader(*stack.PacketBuffer) bool         { return true }
+func (l *link) GSOMaxSize() uint32                           { return l.gsoMax }
+func (l *link) SupportedGSO() stack.SupportedGSO             { return stack.HostGSOSupported }

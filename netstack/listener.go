@@ -1,0 +1,206 @@
+package netstack
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// Listener accepts TCP connections.
+type Listener struct {
+	s        *Stack
+	ep       *tcp.Endpoint
+	addr     netip.AddrPort
+	arrived  chan struct{} // a token when gVisor completed a handshake
+	entry    waiter.Entry
+	queue    chan *Conn // completed connections nobody accepted yet
+	acceptBy deadline
+	done     chan struct{} // closed by Close
+	pumped   chan struct{} // closed when pump ended
+	once     sync.Once
+}
+
+var _ net.Listener = (*Listener)(nil)
+
+// Listen opens a listener. network is "tcp", "tcp4" or "tcp6". The zero Addr (or
+// an unspecified one) means any own address: of both families for "tcp". Port 0 picks
+// a free one. An address in use is EADDRINUSE, one that is not ours
+// EADDRNOTAVAIL, both in a *net.OpError.
+func (s *Stack) Listen(network string, addr netip.AddrPort) (*Listener, error) {
+	fail := func(err error) (*Listener, error) {
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: tcpAddr(addr), Err: err}
+	}
+	proto, v6only, full, err := bindAddr("tcp", network, addr)
+	if err != nil {
+		return fail(err)
+	}
+	var wq waiter.Queue
+	tep, terr := s.st.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
+	if terr != nil {
+		return fail(toErrno(terr))
+	}
+	ep := tep.(*tcp.Endpoint)
+	ops := ep.SocketOptions()
+	ops.SetV6Only(v6only)
+	ops.SetReuseAddress(true) // connections of an earlier listener may live on
+	l := &Listener{
+		s:       s,
+		ep:      ep,
+		arrived: make(chan struct{}, 1),
+		queue:   make(chan *Conn, s.backlog),
+		done:    make(chan struct{}),
+		pumped:  make(chan struct{}),
+	}
+	l.acceptBy.init()
+	l.entry.Init(waiter.ChannelNotifier(l.arrived), waiter.ReadableEvents)
+	wq.EventRegister(&l.entry)
+	if terr := ep.Bind(full); terr != nil {
+		ep.Close()
+		return fail(toErrno(terr))
+	}
+	if terr := ep.Listen(halfOpen); terr != nil {
+		ep.Close()
+		return fail(toErrno(terr))
+	}
+	local, terr := ep.GetLocalAddress()
+	if terr != nil {
+		ep.Close()
+		return fail(toErrno(terr))
+	}
+	l.addr = netip.AddrPortFrom(anyAddr(full.Addr, proto), local.Port)
+	if err := s.track(func() { s.listeners[l] = struct{}{}; s.wg.Add(1) }); err != nil {
+		ep.Close()
+		return fail(err)
+	}
+	go l.pump()
+	return l, nil
+}
+
+// anyAddr is the address a socket says it is bound to.
+func anyAddr(a tcpip.Address, proto tcpip.NetworkProtocolNumber) netip.Addr {
+	if a.Len() > 0 {
+		return fromAddress(a)
+	}
+	if proto == header.IPv4ProtocolNumber {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// pump moves completed connections from gVisor into the queue and resets those
+// that do not fit. It keeps gVisor's own queue short: a full one would drop
+// SYNs silently.
+func (l *Listener) pump() {
+	defer l.s.wg.Done()
+	defer close(l.pumped)
+	for {
+		tep, wq, terr := l.ep.Accept(nil)
+		if terr == nil {
+			l.offer(tep.(*tcp.Endpoint), wq)
+			continue
+		}
+		select {
+		case <-l.arrived:
+		case <-l.done:
+			return
+		}
+	}
+}
+
+func (l *Listener) offer(ep *tcp.Endpoint, wq *waiter.Queue) {
+	c := newConn(l.s, ep, wq)
+	c.flow = flowOf(ep)
+	if err := l.s.track(func() { l.s.conns[ep] = c }); err != nil {
+		c.reset(err)
+		return
+	}
+	if tcp.EndpointState(ep.State()) == tcp.StateError {
+		c.Close() // ended, perhaps by Abort, before anybody could know of it
+		return
+	}
+	select {
+	case l.queue <- c:
+	default:
+		c.reset(syscall.ECONNABORTED)
+	}
+}
+
+// Accept waits for a connection; it is a *Conn. After Close it returns net.ErrClosed.
+func (l *Listener) Accept() (net.Conn, error) {
+	c, err := l.AcceptConn()
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// AcceptConn is Accept with the type known.
+func (l *Listener) AcceptConn() (*Conn, error) {
+	for {
+		by := l.acceptBy.wait()
+		select {
+		case <-l.done:
+			return nil, l.opError(net.ErrClosed)
+		case <-by:
+			return nil, l.opError(os.ErrDeadlineExceeded)
+		default:
+		}
+		select {
+		case c := <-l.queue:
+			if !c.failed() {
+				return c, nil
+			}
+			c.Close() // aborted while it waited
+		case <-l.done:
+		case <-by:
+		}
+	}
+}
+
+// Close stops listening, resets the connections that nobody accepted and wakes
+// all Accept calls. Accepted connections live on. Closing twice is no error.
+func (l *Listener) Close() error {
+	l.once.Do(func() {
+		close(l.done)
+		l.acceptBy.set(time.Time{})
+		l.ep.Close()
+		l.s.untrack(func() { delete(l.s.listeners, l) })
+	})
+	<-l.pumped
+	for {
+		select {
+		case c := <-l.queue:
+			c.reset(net.ErrClosed)
+		default:
+			return nil
+		}
+	}
+}
+
+// SetDeadline makes Accept fail with os.ErrDeadlineExceeded from t on. The zero time
+// means never.
+func (l *Listener) SetDeadline(t time.Time) error {
+	select {
+	case <-l.done:
+		return l.opError(net.ErrClosed)
+	default:
+		l.acceptBy.set(t)
+		return nil
+	}
+}
+
+// Addr returns the address listened on, a *net.TCPAddr; its IP is unspecified for
+// a listener on any address.
+func (l *Listener) Addr() net.Addr { return tcpAddr(l.addr) }
+
+func (l *Listener) opError(err error) error {
+	return &net.OpError{Op: "accept", Net: "tcp", Addr: l.Addr(), Err: err}
+}
