@@ -1,0 +1,142 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+
+	"mesh/identity"
+)
+
+// migrations bring a file from version i to version i+1. One that was released
+// is never changed.
+var migrations = []func(context.Context, *sql.Tx) error{
+	func(ctx context.Context, tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, schema1); err != nil {
+			return err
+		}
+		// Made here, and only here: a store that lost its key must not come
+		// back under a new one that no node trusts.
+		key := identity.NewMachine().Secret()
+		_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('server-key', ?)`, []byte(key))
+		return err
+	},
+}
+
+const schema1 = `
+CREATE TABLE meta (
+	name  TEXT PRIMARY KEY,
+	value BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE users (
+	id      INTEGER PRIMARY KEY AUTOINCREMENT,
+	name    TEXT NOT NULL UNIQUE COLLATE NOCASE,
+	role    TEXT NOT NULL,
+	created INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE keys (
+	id        INTEGER PRIMARY KEY AUTOINCREMENT,
+	kind      TEXT NOT NULL,
+	hash      BLOB NOT NULL UNIQUE,
+	user_id   INTEGER REFERENCES users (id) ON DELETE CASCADE,
+	tags      TEXT NOT NULL,
+	reusable  INTEGER NOT NULL,
+	ephemeral INTEGER NOT NULL,
+	created   INTEGER NOT NULL,
+	expires   INTEGER NOT NULL,
+	revoked   INTEGER NOT NULL DEFAULT 0,
+	used      INTEGER NOT NULL DEFAULT 0,
+	used_by   INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX keys_user ON keys (user_id);
+
+CREATE TABLE nodes (
+	id          INTEGER PRIMARY KEY AUTOINCREMENT,
+	stable_id   TEXT NOT NULL UNIQUE,
+	machine_key BLOB NOT NULL,
+	node_key    BLOB NOT NULL UNIQUE,
+	user_id     INTEGER REFERENCES users (id),
+	tags        TEXT NOT NULL,
+	hostname    TEXT NOT NULL,
+	name        TEXT NOT NULL UNIQUE,
+	ipv4        TEXT NOT NULL UNIQUE,
+	ipv6        TEXT NOT NULL UNIQUE,
+	ephemeral   INTEGER NOT NULL,
+	created     INTEGER NOT NULL,
+	expires     INTEGER NOT NULL,
+	auth_key    INTEGER NOT NULL,
+	disco       BLOB,
+	endpoints   TEXT NOT NULL DEFAULT '[]',
+	home_derp   INTEGER NOT NULL DEFAULT 0,
+	hostinfo    TEXT NOT NULL DEFAULT '{}',
+	cap         INTEGER NOT NULL DEFAULT 0,
+	last_seen   INTEGER NOT NULL DEFAULT 0,
+	polled      INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX nodes_user ON nodes (user_id);
+
+CREATE TABLE dead_keys (
+	node_key    BLOB PRIMARY KEY,
+	machine_key BLOB NOT NULL,
+	removed     INTEGER NOT NULL,
+	auth_key    INTEGER NOT NULL,
+	at          INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX dead_keys_machine ON dead_keys (machine_key);
+
+CREATE TABLE policies (
+	version INTEGER PRIMARY KEY AUTOINCREMENT,
+	text    TEXT NOT NULL,
+	author  TEXT NOT NULL,
+	created INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE relays (
+	region_id INTEGER PRIMARY KEY,
+	node_key  BLOB NOT NULL UNIQUE,
+	region    TEXT NOT NULL,
+	key_id    INTEGER NOT NULL REFERENCES keys (id),
+	created   INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE audit (
+	id     INTEGER PRIMARY KEY AUTOINCREMENT,
+	at     INTEGER NOT NULL,
+	actor  TEXT NOT NULL,
+	action TEXT NOT NULL,
+	object TEXT NOT NULL,
+	detail TEXT NOT NULL
+) STRICT;
+CREATE INDEX audit_at ON audit (at);
+`
+
+// applicationID marks the file as ours ("mesh").
+const applicationID = 0x6d657368
+
+func (s *SQLite) migrate(ctx context.Context) error {
+	return s.tx(ctx, "prepare tables", func(tx *sql.Tx) error {
+		var app, version, tables int
+		err := tx.QueryRowContext(ctx, `SELECT (SELECT application_id FROM pragma_application_id),
+			(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_schema)`).Scan(&app, &version, &tables)
+		if err != nil {
+			return err
+		}
+		switch {
+		case version == 0 && tables > 0, version > 0 && app != applicationID:
+			return fmt.Errorf("%w: the file is a database of something else", ErrCorrupt)
+		case version > len(migrations):
+			return fmt.Errorf("%w: tables have version %d, this program knows %d", ErrNewer, version, len(migrations))
+		case version == len(migrations):
+			return nil
+		}
+		for _, m := range migrations[version:] {
+			if err := m(ctx, tx); err != nil {
+				return err
+			}
+		}
+		_, err = tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA application_id = %d; PRAGMA user_version = %d`, applicationID, len(migrations)))
+		return err
+	})
+}

@@ -1,0 +1,301 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, ipv4, ipv6,
+	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled`
+
+func scanNode(scan func(...any) error) (n Node, err error) {
+	var tags, ipv4, ipv6, endpoints, hostinfo string
+	var machine, key, disco []byte
+	var created, expires, seen int64
+	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &ipv4, &ipv6,
+		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled)
+	if err != nil {
+		return n, err
+	}
+	n.Created, n.Expires, n.LastSeen = unstamp(created), unstamp(expires), unstamp(seen)
+	var m, k, d [identity.KeyLen]byte
+	v4, err4 := netip.ParseAddr(ipv4)
+	v6, err6 := netip.ParseAddr(ipv6)
+	err = errors.Join(copyKey(&m, machine), copyKey(&k, key), err4, err6, decode(tags, &n.Tags), decode(endpoints, &n.Endpoints), decode(hostinfo, &n.Hostinfo))
+	if len(disco) > 0 {
+		err = errors.Join(err, copyKey(&d, disco))
+	}
+	if err != nil {
+		return n, fmt.Errorf("%w: node %d: %w", ErrCorrupt, n.ID, err)
+	}
+	n.Machine, n.Key, n.Disco = identity.MachinePublicFrom(m), identity.NodePublicFrom(k), identity.DiscoPublicFrom(d)
+	n.IPv4, n.IPv6 = v4, v6
+	return n, nil
+}
+
+func copyKey(dst *[identity.KeyLen]byte, b []byte) error {
+	if len(b) != identity.KeyLen {
+		return fmt.Errorf("key of %d bytes", len(b))
+	}
+	copy(dst[:], b)
+	return nil
+}
+
+func keyBytes[K interface{ Bytes() [identity.KeyLen]byte }](k K) []byte {
+	b := k.Bytes()
+	return b[:]
+}
+
+// Nodes implements Store.
+func (s *SQLite) Nodes(ctx context.Context) ([]Node, error) {
+	return query(ctx, s, "list nodes", `SELECT `+nodeColumns+` FROM nodes ORDER BY id`, func(r *sql.Rows) (Node, error) {
+		return scanNode(r.Scan)
+	})
+}
+
+// LastNodeID implements Store.
+func (s *SQLite) LastNodeID(ctx context.Context) (wire.NodeID, error) {
+	var id int64
+	err := s.db.QueryRowContext(ctx, `SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'nodes'), 0)`).Scan(&id)
+	if err != nil {
+		return 0, fmt.Errorf("last node ID: %w", classify(err))
+	}
+	return wire.NodeID(id), nil
+}
+
+// RegisterNode implements Store.
+func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error) {
+	tags, err := encodeList(n.Tags)
+	if err != nil {
+		return Node{}, err
+	}
+	state, err := encodeState(n.NodeState)
+	if err != nil {
+		return Node{}, err
+	}
+	err = s.tx(ctx, fmt.Sprintf("register node %q", n.Name), func(tx *sql.Tx) error {
+		k, err := verifyKey(ctx, tx, KeyNode, keyText, now)
+		if err != nil {
+			return err
+		}
+		if err := notDead(ctx, tx, n.Key); err != nil {
+			return err
+		}
+		n.AuthKey = k.ID
+		action := "node.register"
+		if n.ID == 0 {
+			r, err := tx.ExecContext(ctx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, ipv4, ipv6,
+				ephemeral, created, expires, auth_key) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)`,
+				string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, n.IPv4.String(), n.IPv6.String(),
+				n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey)
+			if err != nil {
+				return err
+			}
+			id, err := r.LastInsertId()
+			if err != nil {
+				return err
+			}
+			n.ID = wire.NodeID(id)
+		} else {
+			action = "node.renew"
+			if err := retire(ctx, tx, n.ID, false, now); err != nil {
+				return err
+			}
+			_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ? WHERE id = ?`,
+				keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, n.ID)
+			if err != nil {
+				return err
+			}
+		}
+		if err := saveState(ctx, tx, n.ID, state); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE keys SET used = ?, used_by = ? WHERE id = ?`, stamp(now), n.ID, k.ID); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, fmt.Sprintf("key %d", k.ID), action, n.Name, n.IPv4.String())
+	})
+	if err != nil {
+		return Node{}, err
+	}
+	return n, nil
+}
+
+// retire moves the present key of a node to the dead ones.
+func retire(ctx context.Context, tx *sql.Tx, id wire.NodeID, removed bool, now time.Time) error {
+	r, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO dead_keys (node_key, machine_key, removed, auth_key, at)
+		SELECT node_key, machine_key, ?, auth_key, ? FROM nodes WHERE id = ?`, removed, stamp(now), id)
+	if err != nil {
+		return err
+	}
+	return mustAffect(r)
+}
+
+func notDead(ctx context.Context, tx *sql.Tx, key identity.NodePublic) error {
+	var n int
+	err := tx.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE node_key = ?`, keyBytes(key)).Scan(&n)
+	if err == nil && n > 0 {
+		err = fmt.Errorf("%w: the node key is no longer valid", ErrConflict)
+	}
+	return err
+}
+
+func mustAffect(r sql.Result) error {
+	n, err := r.RowsAffected()
+	if err == nil && n == 0 {
+		err = ErrNotFound
+	}
+	return err
+}
+
+// RotateNodeKey implements Store.
+func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(tx *sql.Tx) error {
+		if err := notDead(ctx, tx, key); err != nil {
+			return err
+		}
+		if err := retire(ctx, tx, id, false, now); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ? WHERE id = ?`, keyBytes(key), id); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, "node", "node.rotate", fmt.Sprint(id), key.Short())
+	})
+}
+
+// ExpireNode implements Store.
+func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("expire node %d", id), func(tx *sql.Tx) error {
+		r, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ? WHERE id = ?`, stamp(at), id)
+		if err != nil {
+			return err
+		}
+		if err := mustAffect(r); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "node.expire", fmt.Sprint(id), at.UTC().Format(time.RFC3339))
+	})
+}
+
+// RenameNode implements Store.
+func (s *SQLite) RenameNode(ctx context.Context, id wire.NodeID, hostname, name string, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("rename node %d", id), func(tx *sql.Tx) error {
+		r, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = ?, name = ? WHERE id = ?`, hostname, name, id)
+		if err != nil {
+			return err
+		}
+		if err := mustAffect(r); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, "node", "node.rename", fmt.Sprint(id), name)
+	})
+}
+
+// RemoveNode implements Store.
+func (s *SQLite) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("remove node %d", id), func(tx *sql.Tx) error {
+		var name string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+			return err
+		}
+		if bury {
+			if err := retire(ctx, tx, id, true, now); err != nil {
+				return err
+			}
+		}
+		if _, err := tx.ExecContext(ctx, `DELETE FROM nodes WHERE id = ?`, id); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "node.remove", name, fmt.Sprint(id))
+	})
+}
+
+// encodedState is a NodeState as column values.
+type encodedState struct {
+	disco               any
+	endpoints, hostinfo string
+	home, cap           int
+	seen                int64
+	polled              bool
+}
+
+func encodeState(st NodeState) (e encodedState, err error) {
+	if !st.Disco.IsZero() {
+		e.disco = keyBytes(st.Disco)
+	}
+	if e.endpoints, err = encodeList(st.Endpoints); err != nil {
+		return e, err
+	}
+	e.hostinfo = "{}"
+	if st.Hostinfo != nil {
+		if e.hostinfo, err = encode(st.Hostinfo); err != nil {
+			return e, err
+		}
+	}
+	e.home, e.cap, e.seen, e.polled = st.HomeDERP, st.Cap, stamp(st.LastSeen), st.Polled
+	return e, nil
+}
+
+func saveState(ctx context.Context, tx *sql.Tx, id wire.NodeID, e encodedState) error {
+	_, err := tx.ExecContext(ctx, `UPDATE nodes SET disco = ?, endpoints = ?, home_derp = ?, hostinfo = ?, cap = ?, last_seen = ?, polled = ? WHERE id = ?`,
+		e.disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, e.polled, id)
+	return err
+}
+
+// SaveStates implements Store.
+func (s *SQLite) SaveStates(ctx context.Context, states map[wire.NodeID]NodeState) error {
+	if len(states) == 0 {
+		return nil
+	}
+	encoded := make(map[wire.NodeID]encodedState, len(states))
+	for id, st := range states {
+		e, err := encodeState(st)
+		if err != nil {
+			return fmt.Errorf("save state of node %d: %w", id, err)
+		}
+		encoded[id] = e
+	}
+	return s.tx(ctx, "save node states", func(tx *sql.Tx) error {
+		for id, e := range encoded {
+			if err := saveState(ctx, tx, id, e); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// DeadKey implements Store.
+func (s *SQLite) DeadKey(ctx context.Context, key identity.NodePublic) (DeadKey, error) {
+	d := DeadKey{Key: key}
+	var machine []byte
+	var m [identity.KeyLen]byte
+	err := s.db.QueryRowContext(ctx, `SELECT machine_key, removed, auth_key FROM dead_keys WHERE node_key = ?`, keyBytes(key)).
+		Scan(&machine, &d.Removed, &d.AuthKey)
+	if err == nil {
+		err = copyKey(&m, machine)
+	}
+	if err != nil {
+		return DeadKey{}, fmt.Errorf("look up node key: %w", classify(err))
+	}
+	d.Machine = identity.MachinePublicFrom(m)
+	return d, nil
+}
+
+// Buried implements Store.
+func (s *SQLite) Buried(ctx context.Context, machine identity.MachinePublic, authKey int64) (bool, error) {
+	var n int
+	err := s.db.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE machine_key = ? AND removed AND auth_key = ?`, keyBytes(machine), authKey).Scan(&n)
+	if err != nil {
+		return false, fmt.Errorf("look up machine: %w", classify(err))
+	}
+	return n > 0, nil
+}

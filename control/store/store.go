@@ -1,0 +1,219 @@
+// Package store keeps what a control server must not forget: users, enrolment
+// keys, nodes, policies, relays and the record of who changed what. A write
+// that returned without error survives the death of the process.
+//
+// SQLite is the implementation; Store is what another database would have to
+// offer.
+package store
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// Errors that callers branch on. Refused enrolment keys are reported with the
+// errors of package wire.
+var (
+	ErrNotFound = errors.New("not found")
+	ErrConflict = errors.New("conflict")       // a unique value is taken, or the object is in use
+	ErrFull     = errors.New("disk is full")   // nothing was changed
+	ErrReadOnly = errors.New("not writable")   // nothing was changed
+	ErrLocked   = errors.New("already in use") // another process has the store open
+	ErrCorrupt  = errors.New("damaged")        // the file is not a store, or broken
+	ErrNewer    = errors.New("written by a newer version of this program")
+)
+
+// User owns nodes and keys.
+type User struct {
+	ID      wire.UserID
+	Name    string // login name, lower case, unique
+	Role    string // RoleOwner or RoleMember
+	Created time.Time
+}
+
+// Roles of users.
+const (
+	RoleOwner  = "owner"
+	RoleMember = "member"
+)
+
+// KeyKind says what a key admits.
+type KeyKind string
+
+// Kinds of keys.
+const (
+	KeyNode  KeyKind = "auth"  // enrols nodes
+	KeyRelay KeyKind = "relay" // admits relays
+)
+
+// Key is an enrolment key without its secret, which nobody can read back.
+type Key struct {
+	ID        int64
+	Kind      KeyKind
+	User      wire.UserID // 0 for keys with tags and relay keys
+	Tags      []string    // "tag:…", sorted; nodes get exactly these
+	Reusable  bool
+	Ephemeral bool
+	Created   time.Time
+	Expires   time.Time // zero = never
+	Revoked   time.Time // zero = not revoked
+	Used      time.Time // last use, zero = never
+	UsedBy    wire.NodeID
+}
+
+// State says whether the key can be used at now: nil, or the error that tells
+// why not.
+func (k Key) State(now time.Time) error {
+	switch {
+	case !k.Revoked.IsZero():
+		return wire.ErrAuthKeyRevoked
+	case !k.Expires.IsZero() && !now.Before(k.Expires):
+		return wire.ErrAuthKeyExpired
+	case !k.Reusable && !k.Used.IsZero():
+		return wire.ErrAuthKeyUsed
+	}
+	return nil
+}
+
+// Node is a registered node.
+type Node struct {
+	ID        wire.NodeID
+	StableID  identity.StableID
+	Machine   identity.MachinePublic
+	Key       identity.NodePublic
+	User      wire.UserID // 0 for tagged nodes
+	Tags      []string    // sorted; empty for a user's nodes
+	Hostname  string      // the label the node asked for, after sanitising
+	Name      string      // the label it has, unique
+	IPv4      netip.Addr  // unique
+	IPv6      netip.Addr  // unique
+	Ephemeral bool
+	Created   time.Time
+	Expires   time.Time // of the node key, zero = never
+	AuthKey   int64     // Key.ID it enrolled with
+
+	NodeState
+}
+
+// NodeState is what a node reports about itself. It is written in batches: the
+// node reports it again whenever it reconnects.
+type NodeState struct {
+	Disco     identity.DiscoPublic
+	Endpoints []netip.AddrPort
+	HomeDERP  int
+	Hostinfo  *wire.Hostinfo
+	Cap       int       // capability version
+	LastSeen  time.Time // end of its last map poll, zero = it never polled
+	Polled    bool      // it has polled the map at least once
+}
+
+// DeadKey is a node key that will not be accepted again.
+type DeadKey struct {
+	Key     identity.NodePublic
+	Machine identity.MachinePublic
+	Removed bool  // an administrator removed the node; else the node replaced the key
+	AuthKey int64 // Key.ID the node had enrolled with
+}
+
+// Policy is one version of the policy.
+type Policy struct {
+	Version int64 // counts from 1
+	Text    string
+	Author  string
+	Created time.Time
+}
+
+// Relay is a relay process that announced itself.
+type Relay struct {
+	NodeKey identity.NodePublic
+	Region  *wire.DERPRegion
+	Key     int64 // Key.ID of its relay key
+	Created time.Time
+}
+
+// AuditEntry records one change.
+type AuditEntry struct {
+	ID     int64
+	At     time.Time
+	Actor  string // who did it
+	Action string // "node.register", "policy.set", …
+	Object string // what it was done to
+	Detail string // never a secret
+}
+
+// Store is the memory of a control server. All methods may be called
+// concurrently; each is one transaction. The by argument is the actor written
+// to the audit record.
+type Store interface {
+	// Secret returns the named secret of the server. On first use it is what
+	// fresh returns.
+	Secret(ctx context.Context, name string, fresh func() ([]byte, error)) ([]byte, error)
+	// ServerKey returns the server's Noise key, made together with the store.
+	ServerKey(ctx context.Context) (identity.MachinePrivate, error)
+
+	// CreateUser adds a user. The first one is owner. ErrConflict: the name is
+	// taken.
+	CreateUser(ctx context.Context, by, name string, now time.Time) (User, error)
+	Users(ctx context.Context) ([]User, error)
+	// RemoveUser removes a user and its keys. ErrConflict: it still has nodes.
+	RemoveUser(ctx context.Context, by string, id wire.UserID, now time.Time) error
+
+	// CreateKey stores k, whose ID, Used and Revoked are ignored, and returns
+	// it with the only copy of its text.
+	CreateKey(ctx context.Context, by string, k Key) (Key, string, error)
+	Keys(ctx context.Context) ([]Key, error)
+	// RevokeKey is idempotent.
+	RevokeKey(ctx context.Context, by string, id int64, now time.Time) (Key, error)
+	// VerifyKey finds the key that text is the secret of. The error is
+	// wire.ErrAuthKeyUnknown (or ErrRelayKeyUnknown) with a zero Key, or, only
+	// for a caller with the full secret, the reason why it cannot be used.
+	VerifyKey(ctx context.Context, kind KeyKind, text string, now time.Time) (Key, error)
+
+	Nodes(ctx context.Context) ([]Node, error)
+	// LastNodeID returns the highest NodeID that was ever given out.
+	LastNodeID(ctx context.Context) (wire.NodeID, error)
+	// RegisterNode checks and uses up the key with the given text, and stores
+	// n: as a new node if n.ID is 0, else in place of the node with that ID,
+	// whose former key dies. Errors are VerifyKey's, ErrConflict when name,
+	// node key or an address is taken or the node key is dead, ErrNotFound
+	// when the node with that ID is gone.
+	RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error)
+	// RotateNodeKey gives a node another key; the former one dies.
+	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error
+	// ExpireNode sets the expiry of the node's key.
+	ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error
+	// RenameNode sets hostname and name. ErrConflict: the name is taken.
+	RenameNode(ctx context.Context, id wire.NodeID, hostname, name string, now time.Time) error
+	// RemoveNode forgets a node. With bury its key stays known as removed by an
+	// administrator.
+	RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error
+	// SaveStates stores what nodes reported; nodes that are gone are skipped.
+	SaveStates(ctx context.Context, states map[wire.NodeID]NodeState) error
+	// DeadKey looks a dead node key up. ErrNotFound: it is not dead.
+	DeadKey(ctx context.Context, key identity.NodePublic) (DeadKey, error)
+	// Buried reports whether an administrator removed a node of this machine
+	// that had enrolled with the key authKey.
+	Buried(ctx context.Context, machine identity.MachinePublic, authKey int64) (bool, error)
+
+	// Policy returns the newest policy. ErrNotFound: there is none.
+	Policy(ctx context.Context) (Policy, error)
+	// SetPolicy stores the next version. expect is the version it replaces
+	// (ErrConflict if another is the newest by now), or -1 for any.
+	SetPolicy(ctx context.Context, by, text string, expect int64, now time.Time) (Policy, error)
+
+	// PutRelay stores a relay under its region. ErrConflict: the region or the
+	// relay's key belongs to a relay that came with another relay key.
+	PutRelay(ctx context.Context, r Relay, now time.Time) error
+	Relays(ctx context.Context) ([]Relay, error)
+	RemoveRelay(ctx context.Context, by string, region int, now time.Time) error
+
+	// Audit returns the entries since a time, oldest first, limit at most.
+	Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error)
+
+	Close() error
+}

@@ -1,0 +1,217 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"mesh/control/wire"
+)
+
+// CreateUser implements Store.
+func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time) (User, error) {
+	u := User{Name: name, Role: RoleMember, Created: now}
+	err := s.tx(ctx, fmt.Sprintf("create user %q", name), func(tx *sql.Tx) error {
+		var n int
+		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM users`).Scan(&n); err != nil {
+			return err
+		}
+		if n == 0 {
+			u.Role = RoleOwner
+		}
+		r, err := tx.ExecContext(ctx, `INSERT INTO users (name, role, created) VALUES (?,?,?)`, u.Name, u.Role, stamp(now))
+		if err != nil {
+			return err
+		}
+		id, err := r.LastInsertId()
+		if err != nil {
+			return err
+		}
+		u.ID = wire.UserID(id)
+		return note(ctx, tx, now, by, "user.create", name, u.Role)
+	})
+	if err != nil {
+		return User{}, err
+	}
+	return u, nil
+}
+
+// Users implements Store.
+func (s *SQLite) Users(ctx context.Context) ([]User, error) {
+	return query(ctx, s, "list users", `SELECT id, name, role, created FROM users ORDER BY id`, func(r *sql.Rows) (u User, err error) {
+		var created int64
+		err = r.Scan(&u.ID, &u.Name, &u.Role, &created)
+		u.Created = unstamp(created)
+		return u, err
+	})
+}
+
+// RemoveUser implements Store.
+func (s *SQLite) RemoveUser(ctx context.Context, by string, id wire.UserID, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("remove user %d", id), func(tx *sql.Tx) error {
+		var name string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = ?`, id).Scan(&name); err != nil {
+			return err
+		}
+		var nodes int
+		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM nodes WHERE user_id = ?`, id).Scan(&nodes); err != nil {
+			return err
+		}
+		if nodes > 0 {
+			return fmt.Errorf("%w: user %q still has %d nodes; remove them first", ErrConflict, name, nodes)
+		}
+		if _, err := tx.ExecContext(ctx, `DELETE FROM users WHERE id = ?`, id); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "user.remove", name, "")
+	})
+}
+
+// CreateKey implements Store.
+func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, error) {
+	secret, hash, err := newSecret()
+	if err != nil {
+		return Key{}, "", fmt.Errorf("create key: %w", err)
+	}
+	k.Revoked, k.Used, k.UsedBy = time.Time{}, time.Time{}, 0
+	k.Tags = slices.Clone(k.Tags)
+	slices.Sort(k.Tags)
+	k.Tags = slices.Compact(k.Tags)
+	tags, err := encodeList(k.Tags)
+	if err != nil {
+		return Key{}, "", err
+	}
+	err = s.tx(ctx, "create key", func(tx *sql.Tx) error {
+		r, err := tx.ExecContext(ctx, `INSERT INTO keys (kind, hash, user_id, tags, reusable, ephemeral, created, expires) VALUES (?,?,?,?,?,?,?,?)`,
+			string(k.Kind), hash, nullID(k.User), tags, k.Reusable, k.Ephemeral, stamp(k.Created), stamp(k.Expires))
+		if err != nil {
+			return err
+		}
+		if k.ID, err = r.LastInsertId(); err != nil {
+			return err
+		}
+		return note(ctx, tx, k.Created, by, "key.create", strconv.FormatInt(k.ID, 10), string(k.Kind))
+	})
+	if err != nil {
+		return Key{}, "", err
+	}
+	return k, keyText(k.Kind, k.ID, secret), nil
+}
+
+const keyColumns = `id, kind, coalesce(user_id, 0), tags, reusable, ephemeral, created, expires, revoked, used, used_by`
+
+func scanKey(scan func(...any) error, more ...any) (k Key, err error) {
+	var tags, kind string
+	var created, expires, revoked, used int64
+	err = scan(append([]any{&k.ID, &kind, &k.User, &tags, &k.Reusable, &k.Ephemeral, &created, &expires, &revoked, &used, &k.UsedBy}, more...)...)
+	if err != nil {
+		return Key{}, err
+	}
+	k.Kind = KeyKind(kind)
+	k.Created, k.Expires, k.Revoked, k.Used = unstamp(created), unstamp(expires), unstamp(revoked), unstamp(used)
+	return k, decode(tags, &k.Tags)
+}
+
+// Keys implements Store.
+func (s *SQLite) Keys(ctx context.Context) ([]Key, error) {
+	return query(ctx, s, "list keys", `SELECT `+keyColumns+` FROM keys ORDER BY id`, func(r *sql.Rows) (Key, error) {
+		return scanKey(r.Scan)
+	})
+}
+
+// RevokeKey implements Store.
+func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Time) (k Key, err error) {
+	err = s.tx(ctx, fmt.Sprintf("revoke key %d", id), func(tx *sql.Tx) error {
+		k, err = scanKey(tx.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM keys WHERE id = ?`, id).Scan)
+		if err != nil || !k.Revoked.IsZero() {
+			return err
+		}
+		k.Revoked = now
+		if _, err := tx.ExecContext(ctx, `UPDATE keys SET revoked = ? WHERE id = ?`, stamp(now), id); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "key.revoke", strconv.FormatInt(id, 10), string(k.Kind))
+	})
+	return k, err
+}
+
+// VerifyKey implements Store.
+func (s *SQLite) VerifyKey(ctx context.Context, kind KeyKind, text string, now time.Time) (Key, error) {
+	return verifyKey(ctx, s.db, kind, text, now)
+}
+
+type rowQuerier interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+func verifyKey(ctx context.Context, q rowQuerier, kind KeyKind, text string, now time.Time) (Key, error) {
+	id, hash, ok := parseKeyText(kind, text)
+	if !ok {
+		return Key{}, errUnknownKey(kind)
+	}
+	var stored []byte
+	k, err := scanKey(q.QueryRowContext(ctx, `SELECT `+keyColumns+`, hash FROM keys WHERE id = ? AND kind = ?`, id, string(kind)).Scan, &stored)
+	if err != nil {
+		if err = classify(err); err == ErrNotFound {
+			return Key{}, errUnknownKey(kind)
+		}
+		return Key{}, fmt.Errorf("look up key: %w", err)
+	}
+	if !sameHash(hash[:], stored) {
+		return Key{}, errUnknownKey(kind)
+	}
+	return k, k.State(now)
+}
+
+func nullID(id wire.UserID) any {
+	if id == 0 {
+		return nil
+	}
+	return int64(id)
+}
+
+func encodeList[T any](l []T) (string, error) {
+	if l == nil {
+		return "[]", nil
+	}
+	return encode(l)
+}
+
+func encode(v any) (string, error) {
+	b, err := json.Marshal(v)
+	return string(b), err
+}
+
+func decode(text string, v any) error {
+	if err := json.Unmarshal([]byte(text), v); err != nil {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return nil
+}
+
+// query collects the rows of a SELECT.
+func query[T any](ctx context.Context, s *SQLite, what, text string, scan func(*sql.Rows) (T, error), args ...any) ([]T, error) {
+	out, err := func() (out []T, err error) {
+		rows, err := s.db.QueryContext(ctx, text, args...)
+		if err != nil {
+			return nil, err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			v, err := scan(rows)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, v)
+		}
+		return out, rows.Err()
+	}()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, classify(err))
+	}
+	return out, nil
+}
