@@ -1,0 +1,110 @@
+package filter
+
+import "net/netip"
+
+// prefixTable finds everything stored for the prefixes that contain an address.
+// A lookup probes one hash table once for each prefix length in use, so it does
+// not depend on how many prefixes there are, and memory is linear in them even
+// when they overlap in every way. The zero value is empty.
+type prefixTable struct {
+	m     map[netip.Prefix][]int32 // values ascending, since they are added so
+	lens4 []int                    // prefix lengths in use
+	lens6 []int
+}
+
+func (t *prefixTable) add(p netip.Prefix, v int32) {
+	if t.m == nil {
+		t.m = make(map[netip.Prefix][]int32)
+	}
+	list, known := t.m[p]
+	if n := len(list); n > 0 && list[n-1] == v {
+		return
+	}
+	t.m[p] = append(list, v)
+	if known {
+		return
+	}
+	lens := &t.lens4
+	if p.Addr().Is6() {
+		lens = &t.lens6
+	}
+	for _, n := range *lens {
+		if n == p.Bits() {
+			return
+		}
+	}
+	*lens = append(*lens, p.Bits())
+}
+
+// lens returns the prefix lengths to probe for a.
+func (t *prefixTable) lens(a netip.Addr) []int {
+	if a.Is4() {
+		return t.lens4
+	}
+	return t.lens6
+}
+
+// at returns the values of the prefix of that length around a.
+func (t *prefixTable) at(a netip.Addr, bits int) []int32 {
+	p, err := a.Prefix(bits)
+	if err != nil {
+		return nil
+	}
+	return t.m[p]
+}
+
+func (t *prefixTable) contains(a netip.Addr) bool {
+	for _, n := range t.lens(a) {
+		if len(t.at(a, n)) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// addrRange is a set of neighbouring addresses of one family, both ends
+// included.
+type addrRange struct{ first, last netip.Addr }
+
+func (r addrRange) contains(a netip.Addr) bool {
+	return a.BitLen() == r.first.BitLen() && !a.Less(r.first) && !r.last.Less(a)
+}
+
+func (r addrRange) overlaps(o addrRange) bool {
+	return r.first.BitLen() == o.first.BitLen() && !r.last.Less(o.first) && !o.last.Less(r.first)
+}
+
+func rangeOf(p netip.Prefix) addrRange {
+	p = p.Masked()
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return addrRange{p.Addr(), last}
+}
+
+// prefixes returns the fewest prefixes that cover r exactly: at most 62 for
+// IPv4 and 254 for IPv6.
+func (r addrRange) prefixes() []netip.Prefix {
+	var out []netip.Prefix
+	for a := r.first; ; {
+		// The widest prefix that starts at a and ends within r.
+		bits := a.BitLen()
+		end := a
+		for bits > 0 {
+			p, _ := a.Prefix(bits - 1)
+			wider := rangeOf(p)
+			if p.Addr() != a || r.last.Less(wider.last) {
+				break
+			}
+			bits--
+			end = wider.last
+		}
+		out = append(out, netip.PrefixFrom(a, bits))
+		if end == r.last {
+			return out
+		}
+		a = end.Next()
+	}
+}
