@@ -240,6 +240,7 @@ func (t *Tunnel) dismiss(p *peer) chan struct{} {
 		// waits for a running peer.
 		if dp := t.dev.LookupPeer(key); dp != nil {
 			dp.Stop()
+			dropFinalizers(dp)
 		}
 		t.dev.RemovePeer(key)
 		t.mu.Lock()

@@ -18,8 +18,10 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -207,6 +209,9 @@ func (t *Tunnel) Close() error {
 	}
 	close(t.closing)
 	t.wg.Wait()
+	for _, p := range t.active() {
+		dropFinalizers(t.dev.LookupPeer(p.key.Bytes()))
+	}
 	t.dev.Close()
 	close(t.done)
 	return nil
@@ -250,15 +255,16 @@ func (t *Tunnel) Block(prefixes []netip.Prefix) {
 		}
 	}
 	t.blocked.Store(set)
-	t.mu.RLock()
-	active := make([]*peer, 0, len(t.peers))
-	for _, p := range t.peers {
-		active = append(active, p)
-	}
-	t.mu.RUnlock()
-	for _, p := range active {
+	for _, p := range t.active() {
 		p.awaitDelivery()
 	}
+}
+
+// active returns the configured peers.
+func (t *Tunnel) active() []*peer {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return slices.Collect(maps.Values(t.peers))
 }
 
 // work opens initiations and removes idle peers, one after the other.
