@@ -1,0 +1,157 @@
+package netmap
+
+import (
+	"hash/maphash"
+	"iter"
+	"maps"
+	"slices"
+)
+
+const shards = 256
+
+// table is a map that is never changed: an editor makes a new one, which shares
+// the shards that it left alone. With 10,000 entries a change copies some 40.
+// The zero value is empty.
+type table[K comparable, V any] struct {
+	seed  maphash.Seed // of the shards; the zero seed while there are none
+	parts *[shards]map[K]V
+	n     int
+}
+
+func (t *table[K, V]) shard(k K) int {
+	return int(maphash.Comparable(t.seed, k) % shards)
+}
+
+func (t *table[K, V]) get(k K) (v V) {
+	if t.parts == nil {
+		return v
+	}
+	return t.parts[t.shard(k)][k]
+}
+
+func (t *table[K, V]) all() iter.Seq2[K, V] {
+	return func(yield func(K, V) bool) {
+		if t.parts == nil {
+			return
+		}
+		for _, part := range t.parts {
+			for k, v := range part {
+				if !yield(k, v) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// editor makes a new table out of an old one. Take the result from its table
+// member, after the last change.
+type editor[K comparable, V any] struct {
+	table[K, V]
+	owned *[shards]bool // which parts are copies already; nil = none
+}
+
+func (e *editor[K, V]) part(k K) map[K]V {
+	if e.parts == nil {
+		e.seed = maphash.MakeSeed()
+		e.parts = new([shards]map[K]V)
+		e.owned = new([shards]bool)
+	} else if e.owned == nil {
+		parts := *e.parts
+		e.parts = &parts
+		e.owned = new([shards]bool)
+	}
+	i := e.shard(k)
+	if !e.owned[i] {
+		e.owned[i] = true
+		if e.parts[i] = maps.Clone(e.parts[i]); e.parts[i] == nil {
+			e.parts[i] = map[K]V{}
+		}
+	}
+	return e.parts[i]
+}
+
+func (e *editor[K, V]) set(k K, v V) {
+	part := e.part(k)
+	before := len(part)
+	part[k] = v
+	e.n += len(part) - before
+}
+
+func (e *editor[K, V]) del(k K) {
+	part := e.part(k)
+	before := len(part)
+	delete(part, k)
+	e.n += len(part) - before
+}
+
+// claims are the nodes that claim the same thing, the one that gets it first.
+type claims struct {
+	owner *edit // may change ranks in place
+	ranks []rank
+}
+
+// rank orders claims: lower ones come first. It is a node's ID, with the top
+// bit set for a claim of the second class. IDs are never reused, so the node
+// that has been there longest gets what two nodes claim, and the outcome does
+// not depend on the order in which they are heard of.
+type rank uint64
+
+const second rank = 1 << 63
+
+func (r rank) id() NodeID { return NodeID(r &^ second) }
+
+// claimTable says who claims what.
+type claimTable[K comparable] struct{ table[K, *claims] }
+
+// first returns the node that gets k, or 0.
+func (t *claimTable[K]) first(k K) NodeID {
+	if c := t.get(k); c != nil {
+		return c.ranks[0].id()
+	}
+	return 0
+}
+
+// claimEditor edits a claimTable on behalf of edit.
+type claimEditor[K comparable] struct {
+	editor[K, *claims]
+	edit *edit
+}
+
+func (e *claimEditor[K]) own(k K) *claims {
+	c := e.get(k)
+	switch {
+	case c == nil:
+		c = &claims{owner: e.edit}
+		e.set(k, c)
+	case c.owner != e.edit:
+		c = &claims{owner: e.edit, ranks: slices.Clone(c.ranks)}
+		e.set(k, c)
+	}
+	return c
+}
+
+// claim reports whether k had no claims before.
+func (e *claimEditor[K]) claim(k K, r rank) bool {
+	c := e.own(k)
+	if i, found := slices.BinarySearch(c.ranks, r); !found {
+		c.ranks = slices.Insert(c.ranks, i, r)
+	}
+	return len(c.ranks) == 1
+}
+
+// unclaim reports whether k has no claims any more.
+func (e *claimEditor[K]) unclaim(k K, r rank) bool {
+	if e.get(k) == nil {
+		return false
+	}
+	c := e.own(k)
+	if i, found := slices.BinarySearch(c.ranks, r); found {
+		c.ranks = slices.Delete(c.ranks, i, i+1)
+	}
+	if len(c.ranks) > 0 {
+		return false
+	}
+	e.del(k)
+	return true
+}
