@@ -82,6 +82,12 @@ func (nw *network) add(tb testing.TB, name string, number byte, change ...func(*
 	return n
 }
 
+func (nw *network) setSource(f func(from, to *node) Source) {
+	nw.mu.Lock()
+	defer nw.mu.Unlock()
+	nw.source = f
+}
+
 func (nw *network) close() {
 	nw.mu.Lock()
 	nodes := nw.nodes
