@@ -1,0 +1,381 @@
+// Package path finds and uses the best way to each peer: direct UDP where disco
+// finds one that works, the peer's home relay otherwise, both while in doubt.
+// It owns the node's UDP sockets and relay connections, and learns and reports
+// the node's own endpoints and home relay.
+//
+// WireGuard datagrams go in and out; path neither reads nor authenticates them.
+// What it knows of a peer it asks of the netmap through functions of Config.
+// State exists only for peers with traffic and is dropped some minutes later.
+package path
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/wire"
+	"mesh/identity"
+	"mesh/internal/disco"
+)
+
+// Errors that callers branch on.
+var (
+	// ErrUnknownPeer reports a node key that is not in the netmap.
+	ErrUnknownPeer = errors.New("peer is not in the netmap")
+	// ErrNoPath reports that neither an address nor a relay of the peer is known.
+	ErrNoPath = errors.New("no path to peer: it has no known address and no relay in common")
+)
+
+// Peer is what the netmap says about a peer.
+type Peer struct {
+	Key   identity.NodePublic
+	Disco identity.DiscoPublic // zero: no direct paths
+	// Endpoints are where control believes the peer to be. They are probed,
+	// never trusted.
+	Endpoints  []netip.AddrPort
+	HomeRegion int // relay region, 0 = unknown
+}
+
+// Source says where datagrams came from.
+type Source struct {
+	// Peer is who sent them. By relay, the relay vouches for it. By UDP it is
+	// who proved by disco or WireGuard to use Addr, zero if nobody did: only
+	// WireGuard knows for sure.
+	Peer   identity.NodePublic
+	Addr   netip.AddrPort // zero by relay
+	Region int            // of the relay, zero by UDP
+}
+
+// Report is what control has to know of this node's place in the network.
+type Report struct {
+	Endpoints []netip.AddrPort
+	Types     []wire.EndpointType // parallel to Endpoints
+	NetInfo   wire.NetInfo
+}
+
+// Config says who the node is and how it reaches the world. All functions may
+// be called from any goroutine, with no lock held.
+type Config struct {
+	Key   identity.NodePrivate
+	Disco identity.DiscoPrivate
+	// Port is the UDP port, 0 = any.
+	Port uint16
+	// Lookup finds a peer of the current netmap by node key.
+	Lookup func(identity.NodePublic) (Peer, bool)
+	// LookupDisco finds the peers that use a disco key.
+	LookupDisco func(identity.DiscoPublic) []Peer
+	// Receive takes WireGuard datagrams, all of one source. The buffers are
+	// lent during the call and may be changed. Calls come from several
+	// goroutines at once, in order for each socket and relay.
+	Receive func(src Source, datagrams [][]byte)
+	// Report is called when endpoints, home relay or other parts of the
+	// report changed, always with the latest state, from a goroutine of its
+	// own for which Close waits. Optional.
+	Report func(Report)
+	// ListenUDP opens a UDP socket; nil means net.ListenConfig. Sockets that
+	// are *net.UDPConn are used with the fast means of the system.
+	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
+	// DialTCP connects to relays; nil means net.Dialer.
+	DialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
+	// RootCAs verify the relays; nil means those of the system.
+	RootCAs *x509.CertPool
+	// Interfaces lists the addresses of the host's interfaces that are up,
+	// with the loopback ones; nil asks the system.
+	Interfaces func() ([]netip.Prefix, error)
+	// RelayOnly opens no UDP socket: everything goes by relay.
+	RelayOnly bool
+	// DirectOnly connects to no relay.
+	DirectOnly bool
+	// LoopbackEndpoints advertises loopback addresses although there are
+	// others; for when control itself is on this host.
+	LoopbackEndpoints bool
+	// Logger receives what went wrong; nil is silent.
+	Logger *zap.Logger
+
+	// dialRelay replaces derp in tests.
+	dialRelay func(ctx context.Context, def *wire.DERPRegion) (relayConn, error)
+}
+
+// The path's epoch lies this far back, so that an instant of 0 is long ago.
+const epochAge = 24 * time.Hour
+
+// maxSecrets is how many shared disco secrets are remembered.
+const maxSecrets = 4096
+
+// Path is the network side of one node. All methods may be called from any
+// goroutine at any time.
+type Path struct {
+	cfg    Config
+	log    *zap.Logger
+	pub    identity.NodePublic
+	sealer *disco.Sealer
+	epoch  time.Time
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // all goroutines but those of relays
+
+	peers  table
+	relays relaySet
+	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
+
+	wake   chan struct{} // capacity 1; the loop looks at its deadlines again
+	report chan struct{} // capacity 1; the report may have changed
+	ready  chan struct{} // closed when the node is reachable
+
+	bindMu sync.Mutex // guards opening and closing of sockets; taken before mu
+	closed bool       // under bindMu
+
+	mu        sync.Mutex // guards what follows, and peer.info, peer.ch and peer.at
+	timers    timerHeap  // peers with something due
+	budget    budget
+	held      []heldPacket
+	ends      endpoints
+	home      home
+	calls     map[*peer]struct{} // CallMeMaybes that wait for fresh endpoints
+	isReady   bool
+	idleCheck instant // next look for idle relays, 0 = none needed
+}
+
+// New opens the sockets and starts. It fails only when no UDP socket can be
+// opened on the port.
+func New(cfg Config) (*Path, error) {
+	if cfg.Key.IsZero() || cfg.Disco.IsZero() {
+		return nil, errors.New("path: no node key or no disco key")
+	}
+	if cfg.ListenUDP == nil {
+		cfg.ListenUDP = new(net.ListenConfig).ListenPacket
+	}
+	if cfg.DialTCP == nil {
+		cfg.DialTCP = new(net.Dialer).DialContext
+	}
+	if cfg.Interfaces == nil {
+		cfg.Interfaces = systemInterfaces
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	p := &Path{
+		cfg:    cfg,
+		log:    cfg.Logger,
+		pub:    cfg.Key.Public(),
+		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
+		epoch:  time.Now().Add(-epochAge),
+		wake:   make(chan struct{}, 1),
+		report: make(chan struct{}, 1),
+		ready:  make(chan struct{}),
+		calls:  make(map[*peer]struct{}),
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.peers.init()
+	p.home.init()
+	p.ends.init()
+	p.relays = relaySet{
+		ctx:     p.ctx,
+		dial:    p.dialRegion,
+		events:  p,
+		now:     p.now,
+		regions: make(map[int]*relay),
+	}
+	if cfg.dialRelay != nil {
+		p.relays.dial = cfg.dialRelay
+	}
+	p.socks.Store(&sockets{})
+	if !cfg.RelayOnly {
+		if err := p.openUDP(cfg.Port); err != nil {
+			p.cancel()
+			return nil, err
+		}
+	}
+	p.wg.Go(p.loop)
+	p.wg.Go(p.reporter)
+	return p, nil
+}
+
+// openUDP opens sockets and starts their readers.
+func (p *Path) openUDP(port uint16) error {
+	p.bindMu.Lock()
+	defer p.bindMu.Unlock()
+	return p.openUDPLocked(port)
+}
+
+func (p *Path) openUDPLocked(port uint16) error {
+	if p.closed {
+		return net.ErrClosed
+	}
+	s, err := openSockets(p.ctx, p.cfg.ListenUDP, port)
+	if err != nil {
+		return err
+	}
+	p.socks.Store(s)
+	s.each(func(s *socket) { p.wg.Go(func() { p.readUDP(s) }) })
+	return nil
+}
+
+// LocalPort returns the UDP port, that of IPv4 if they differ; 0 with RelayOnly.
+func (p *Path) LocalPort() uint16 {
+	s := p.socks.Load()
+	if s.v4 != nil {
+		return s.port4()
+	}
+	return s.port6()
+}
+
+// Rebind replaces the UDP sockets, on the same port if it is still free, and
+// does what NetworkChanged does. Packets in flight may be lost; sessions are
+// not. The error says that there is no socket now; Rebind may be tried again.
+func (p *Path) Rebind() error {
+	if !p.cfg.RelayOnly {
+		p.bindMu.Lock()
+		port := p.cfg.Port
+		if port == 0 {
+			port = p.LocalPort()
+		}
+		p.socks.Swap(&sockets{}).each(func(s *socket) { s.pc.Close() })
+		err := p.openUDPLocked(port)
+		if err != nil && p.cfg.Port == 0 && !p.closed {
+			err = p.openUDPLocked(0)
+		}
+		p.bindMu.Unlock()
+		if err != nil {
+			return fmt.Errorf("rebind: %w", err)
+		}
+	}
+	p.NetworkChanged()
+	return nil
+}
+
+// NetworkChanged tells that the host's addresses or routes changed: direct
+// paths are found anew, relays are connected again and endpoints gathered.
+func (p *Path) NetworkChanged() {
+	p.relays.reconnect()
+	p.mu.Lock()
+	now := p.now()
+	for _, pe := range p.peers.all() {
+		pe.ch.networkChanged(now)
+		p.settleLocked(pe, now)
+	}
+	p.ends.forget()
+	p.gatherLocked(now)
+	p.mu.Unlock()
+	p.poke()
+}
+
+// Ready waits until the node can be reached: its endpoints are known and it is
+// connected to its home relay, or no relay can be had but UDP works. When ctx
+// ends first the error says what was missing.
+func (p *Path) Ready(ctx context.Context) error {
+	select {
+	case <-p.ready:
+		return nil
+	default:
+	}
+	select {
+	case <-p.ready:
+		return nil
+	case <-p.ctx.Done():
+		return net.ErrClosed
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for the network: %s: %w", p.missing(), ctx.Err())
+	}
+}
+
+// Close ends everything and waits for all goroutines, calls of Receive and
+// Report included: it must not be called from them.
+func (p *Path) Close() error {
+	p.bindMu.Lock()
+	p.closed = true
+	p.cancel()
+	p.socks.Load().each(func(s *socket) { s.pc.Close() })
+	p.bindMu.Unlock()
+	p.relays.close()
+	p.wg.Wait()
+	return nil
+}
+
+func (p *Path) now() instant { return time.Since(p.epoch) }
+
+// time turns an instant into a time for users, zero for 0.
+func (p *Path) time(t instant) time.Time {
+	if t == 0 {
+		return time.Time{}
+	}
+	return p.epoch.Add(t)
+}
+
+// poke makes the loop look at its deadlines again.
+func (p *Path) poke() { signal(p.wake) }
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// loop does what is due at some time.
+func (p *Path) loop() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		if next, ok := p.due(p.now()); ok {
+			timer.Reset(max(next-p.now(), 0))
+		} else {
+			timer.Stop()
+		}
+		select {
+		case <-timer.C:
+		case <-p.wake:
+		case <-p.ctx.Done():
+			return
+		}
+	}
+}
+
+// due does everything that is due and returns when the next is.
+func (p *Path) due(now instant) (next instant, ok bool) {
+	soon := func(t instant) {
+		if t != 0 && (!ok || t < next) {
+			next, ok = t, true
+		}
+	}
+	p.dueHeld(now)
+	for p.duePeer(now) {
+	}
+	p.dueEndpoints(now)
+	p.dueHome(now)
+
+	p.mu.Lock()
+	check := p.idleCheck
+	p.mu.Unlock()
+	if check != 0 && now >= check {
+		more := p.relays.expire(now)
+		p.mu.Lock()
+		p.idleCheck = 0
+		if more {
+			p.idleCheck = now + relayIdleCheck
+		}
+		p.mu.Unlock()
+	}
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	soon(p.idleCheck)
+	if len(p.timers) > 0 {
+		soon(p.timers[0].at)
+	}
+	if len(p.held) > 0 {
+		soon(p.held[0].at + holdFor)
+	}
+	soon(p.ends.next)
+	soon(p.home.next)
+	return next, ok
+}

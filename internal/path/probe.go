@@ -1,0 +1,183 @@
+package path
+
+import (
+	"net/netip"
+
+	"mesh/identity"
+	"mesh/internal/disco"
+)
+
+// maxShared bounds how many peers with one disco key are looked at.
+const maxShared = 8
+
+// discoUDP handles a disco packet that came by UDP.
+func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
+	key, ok := disco.Sender(packet)
+	if !ok || !usable(from) {
+		return
+	}
+	known := p.cfg.LookupDisco(key)
+	if len(known) == 0 {
+		p.hold(heldPacket{src: Source{Addr: from}, disco: key}, packet)
+		return
+	}
+	known = known[:min(len(known), maxShared)]
+	_, m, err := p.sealer.Open(packet)
+	if err != nil {
+		return
+	}
+	switch m := m.(type) {
+	case disco.Ping:
+		p.pingUDP(from, key, known, m)
+	case disco.Pong:
+		p.pongUDP(from, known, m)
+	}
+	// A CallMeMaybe by UDP is not believed: only the relay proves the sender.
+}
+
+// pingUDP answers a ping and remembers where it came from.
+func (p *Path) pingUDP(from netip.AddrPort, key identity.DiscoPublic, known []Peer, m disco.Ping) {
+	// Who is it? The node key inside is a hint that tells those apart who
+	// share the disco key.
+	var who identity.NodePublic
+	if len(known) == 1 {
+		who = known[0].Key
+	}
+	for _, k := range known {
+		if k.Key == m.Node {
+			who = k.Key
+		}
+	}
+	now := p.now()
+	fresh := true
+	for _, k := range known {
+		var pe *peer
+		if k.Key == who {
+			pe = p.open(k.Key)
+		} else {
+			pe = p.peers.get(k.Key)
+		}
+		if pe == nil {
+			continue
+		}
+		p.mu.Lock()
+		isFresh, added := pe.ch.pinged(from, m.TxID, now)
+		if added {
+			pe.discover.Store(0) // the next packet out tries it
+		}
+		if pe.key == who {
+			fresh = isFresh
+		}
+		p.settleLocked(pe, now)
+		p.mu.Unlock()
+		if isFresh && k.Key == who {
+			pe.received.Store(int64(now))
+			p.peers.bind(from, pe, false)
+		}
+	}
+	if fresh {
+		p.writeUDP(from, [][]byte{p.sealer.Seal(nil, key, disco.Pong{TxID: m.TxID, Src: from})})
+	}
+}
+
+// pongUDP takes the answer to a ping of ours.
+func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
+	for _, k := range known {
+		pe := p.peers.get(k.Key)
+		if pe == nil {
+			continue
+		}
+		now := p.now()
+		p.mu.Lock()
+		to, ok := pe.ch.pong(m.TxID, now)
+		if ok {
+			p.settleLocked(pe, now)
+		}
+		p.mu.Unlock()
+		if !ok {
+			continue
+		}
+		pe.received.Store(int64(now))
+		if to == from {
+			p.peers.bind(from, pe, true)
+		}
+		return
+	}
+}
+
+// discoRelay handles a disco packet that came by relay from a known peer.
+func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
+	key, ok := disco.Sender(packet)
+	if !ok {
+		return
+	}
+	info, ok := p.cfg.Lookup(from)
+	if !ok || info.Disco != key {
+		// The netmap may not know of the peer's new key yet.
+		p.holdRelayed(region, from, packet)
+		return
+	}
+	_, m, err := p.sealer.Open(packet)
+	if err != nil {
+		return
+	}
+	switch m := m.(type) {
+	case disco.Ping:
+		pong := disco.Pong{TxID: m.TxID, Src: disco.RelayAddr(region)}
+		p.sendRelay(region, from, p.sealer.Seal(nil, key, pong))
+	case disco.CallMeMaybe:
+		if p.cfg.RelayOnly {
+			return
+		}
+		pe := p.open(from)
+		if pe == nil {
+			return
+		}
+		var out todo
+		now := p.now()
+		p.mu.Lock()
+		pe.ch.callMeMaybe(m.Endpoints, now, &p.budget, &out)
+		p.settleLocked(pe, now)
+		p.mu.Unlock()
+		p.perform(pe, &out)
+	}
+	// A pong by relay proves no direct path.
+}
+
+// callMeMaybe asks a peer to ping us, once our endpoints are fresh.
+func (p *Path) callMeMaybe(pe *peer) {
+	now := p.now()
+	p.mu.Lock()
+	if pe.gone {
+		p.mu.Unlock()
+		return
+	}
+	if !p.ends.fresh(now) {
+		p.calls[pe] = struct{}{}
+		p.gatherLocked(now)
+		p.mu.Unlock()
+		p.poke()
+		return
+	}
+	list, to := p.ends.list, pe.info.Disco
+	p.mu.Unlock()
+	region := p.relayFor(pe)
+	if region == 0 || to.IsZero() {
+		return
+	}
+	list = list[:min(len(list), disco.MaxEndpoints)]
+	p.sendRelay(region, pe.key, p.sealer.Seal(nil, to, disco.CallMeMaybe{Endpoints: list}))
+}
+
+// flushCalls sends the CallMeMaybes that waited for fresh endpoints.
+func (p *Path) flushCalls() {
+	p.mu.Lock()
+	waiting := p.calls
+	if len(waiting) > 0 {
+		p.calls = make(map[*peer]struct{})
+	}
+	p.mu.Unlock()
+	for pe := range waiting {
+		p.callMeMaybe(pe)
+	}
+}

@@ -1,0 +1,252 @@
+package path
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+)
+
+const (
+	maxDatagram = 65535
+	// maxTrain is the most bytes handed to the kernel as one train of
+	// datagrams: from 65,494 on Linux splits trains in software, at three
+	// times the cost.
+	maxTrain = 65400
+	// maxSegments is the most datagrams of one train that every kernel with
+	// segmentation takes.
+	maxSegments = 64
+	socketBytes = 7 << 20
+)
+
+// sockets are the node's UDP sockets; either may be nil.
+type sockets struct{ v4, v6 *socket }
+
+func (s *sockets) each(do func(*socket)) {
+	if s.v4 != nil {
+		do(s.v4)
+	}
+	if s.v6 != nil {
+		do(s.v6)
+	}
+}
+
+// to returns the socket for a destination.
+func (s *sockets) to(a netip.Addr) *socket {
+	if a.Is4() {
+		return s.v4
+	}
+	return s.v6
+}
+
+func (s *sockets) port4() uint16 { return s.v4.localPort() }
+func (s *sockets) port6() uint16 { return s.v6.localPort() }
+
+// socket is one UDP socket. Trains of datagrams go with one system call each
+// way where the system can.
+type socket struct {
+	pc  net.PacketConn
+	udp *net.UDPConn // pc, if it is one
+	gro bool         // reads may return trains
+	gso atomic.Bool  // writes may take trains
+}
+
+func (s *socket) localPort() uint16 {
+	if s == nil {
+		return 0
+	}
+	if a, ok := s.pc.LocalAddr().(*net.UDPAddr); ok {
+		return uint16(a.Port)
+	}
+	return 0
+}
+
+func newSocket(pc net.PacketConn) *socket {
+	s := &socket{pc: pc}
+	if u, ok := pc.(*net.UDPConn); ok {
+		s.udp = u
+		// Best effort: the system's limits may be lower.
+		u.SetReadBuffer(socketBytes)
+		u.SetWriteBuffer(socketBytes)
+		forceBuffers(u, socketBytes)
+		gso, gro := offload(u)
+		s.gso.Store(gso)
+		s.gro = gro
+	}
+	return s
+}
+
+// openSockets opens the sockets on one port if it can. A port of 0 is any.
+func openSockets(ctx context.Context, listen func(ctx context.Context, network, addr string) (net.PacketConn, error), port uint16) (*sockets, error) {
+	var lastErr error
+	// The port that the system chose for IPv4 may be taken for IPv6.
+	for attempt := range 4 {
+		p4, err := listen(ctx, "udp4", ":"+strconv.Itoa(int(port)))
+		if err != nil {
+			lastErr = err
+			if errors.Is(err, syscall.EADDRINUSE) {
+				return nil, fmt.Errorf("open UDP port %d: %w", port, err)
+			}
+			break
+		}
+		s := &sockets{v4: newSocket(p4)}
+		p6, err := listen(ctx, "udp6", joinHostPort("::", int(s.v4.localPort())))
+		if err == nil {
+			s.v6 = newSocket(p6)
+			return s, nil
+		}
+		if port != 0 || attempt == 3 || !errors.Is(err, syscall.EADDRINUSE) {
+			return s, nil // IPv4 alone will do
+		}
+		p4.Close()
+	}
+	p6, err := listen(ctx, "udp6", joinHostPort("::", int(port)))
+	if err != nil {
+		return nil, fmt.Errorf("open UDP sockets: %w", errors.Join(lastErr, err))
+	}
+	return &sockets{v6: newSocket(p6)}, nil
+}
+
+func joinHostPort(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
+
+// reader reads datagrams from one socket; of one goroutine.
+type reader struct {
+	s   *socket
+	buf []byte
+	oob []byte
+	out [][]byte
+}
+
+func (s *socket) reader() *reader {
+	r := &reader{s: s, buf: make([]byte, maxDatagram)}
+	if s.gro {
+		r.oob = make([]byte, oobLen)
+	}
+	return r
+}
+
+// read waits for datagrams; those it returns are of one source and valid until
+// the next read.
+func (r *reader) read() (datagrams [][]byte, from netip.AddrPort, err error) {
+	n, size := 0, 0
+	switch {
+	case r.s.gro:
+		var oobn int
+		n, oobn, _, from, err = r.s.udp.ReadMsgUDPAddrPort(r.buf, r.oob)
+		if err == nil {
+			size = segmentSize(r.oob[:oobn])
+		}
+	case r.s.udp != nil:
+		n, from, err = r.s.udp.ReadFromUDPAddrPort(r.buf)
+	default:
+		var a net.Addr
+		n, a, err = r.s.pc.ReadFrom(r.buf)
+		if u, ok := a.(*net.UDPAddr); ok {
+			from = u.AddrPort()
+		}
+	}
+	if err != nil {
+		return nil, from, err
+	}
+	r.out = r.out[:0]
+	b := r.buf[:n]
+	for size > 0 && len(b) > size {
+		r.out = append(r.out, b[:size:size])
+		b = b[size:]
+	}
+	return append(r.out, b[:len(b):len(b)]), unmap(from), nil
+}
+
+// write sends datagrams to one destination.
+func (s *socket) write(to netip.AddrPort, datagrams [][]byte) error {
+	for len(datagrams) > 0 {
+		n := 1
+		if s.gso.Load() {
+			n = train(datagrams)
+		}
+		var err error
+		if n > 1 {
+			err = s.writeTrain(to, datagrams[:n])
+		} else {
+			err = s.writeOne(to, datagrams[0])
+		}
+		if err != nil {
+			return err
+		}
+		datagrams = datagrams[n:]
+	}
+	return nil
+}
+
+func (s *socket) writeOne(to netip.AddrPort, b []byte) (err error) {
+	if s.udp != nil {
+		_, err = s.udp.WriteToUDPAddrPort(b, to)
+	} else {
+		_, err = s.pc.WriteTo(b, net.UDPAddrFromAddrPort(to))
+	}
+	return err
+}
+
+// train returns how many datagrams from the first on may go as one: all of the
+// same size, only the last may be shorter.
+func train(datagrams [][]byte) int {
+	size := len(datagrams[0])
+	if size == 0 {
+		return 1
+	}
+	n, bytes := 1, size
+	for n < len(datagrams) && n < maxSegments {
+		l := len(datagrams[n])
+		if l == 0 || l > size || bytes+l > maxTrain {
+			break
+		}
+		n++
+		bytes += l
+		if l < size {
+			break
+		}
+	}
+	return n
+}
+
+// trainBuffer is where the datagrams of a train are laid end to end.
+type trainBuffer struct {
+	data [maxTrain]byte
+	oob  [oobLen]byte
+}
+
+var trains = sync.Pool{New: func() any { return new(trainBuffer) }}
+
+func (s *socket) writeTrain(to netip.AddrPort, datagrams [][]byte) error {
+	t := trains.Get().(*trainBuffer)
+	defer trains.Put(t)
+	n := 0
+	for _, b := range datagrams {
+		n += copy(t.data[n:], b)
+	}
+	oob := segmentControl(t.oob[:], uint16(len(datagrams[0])))
+	_, _, err := s.udp.WriteMsgUDPAddrPort(t.data[:n], oob, to)
+	if err == nil || !offloadRefused(err) {
+		return err
+	}
+	// The device cannot: go on one by one from now on.
+	s.gso.Store(false)
+	for _, b := range datagrams {
+		if err := s.writeOne(to, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// passing reports whether an error of a write says nothing about the
+// destination: the system is short of buffers, or the datagram too large.
+func passing(err error) bool {
+	return errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.EAGAIN) ||
+		errors.Is(err, syscall.EMSGSIZE) || errors.Is(err, syscall.EINTR)
+}
