@@ -53,6 +53,7 @@ type Conn struct {
 	in     *bufio.Reader // of conn; holds at least a frame
 	open   cipher.AEAD
 	rcount uint64
+	rnonce [chacha20poly1305.NonceSize]byte
 	plain  []byte // what is left of the current record; lies in the buffer of in
 	rerr   error  // fatal
 	// wantEarly is true until the client knows whether there is an early
@@ -64,6 +65,7 @@ type Conn struct {
 	wmu    sync.Mutex // guards the members below
 	seal   cipher.AEAD
 	wcount uint64
+	wnonce [chacha20poly1305.NonceSize]byte
 	unsent []byte // sealed, but its write timed out; goes before anything else
 	werr   error  // fatal
 
@@ -159,9 +161,8 @@ func (c *Conn) readRecord() ([]byte, error) {
 		return nil, fmt.Errorf("%w: nonces used up", ErrRecord)
 	}
 	sealed := frame[frameHeader:]
-	var nonce [chacha20poly1305.NonceSize]byte
-	binary.BigEndian.PutUint64(nonce[4:], c.rcount)
-	plain, err := c.open.Open(sealed[:0], nonce[:], sealed, nil)
+	binary.BigEndian.PutUint64(c.rnonce[4:], c.rcount)
+	plain, err := c.open.Open(sealed[:0], c.rnonce[:], sealed, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%w: not authentic", ErrRecord)
 	}
@@ -256,9 +257,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 			}
 			out = append(out, typeRecord)
 			out = binary.BigEndian.AppendUint16(out, uint16(n+tagLen))
-			var nonce [chacha20poly1305.NonceSize]byte
-			binary.BigEndian.PutUint64(nonce[4:], c.wcount)
-			out = c.seal.Seal(out, nonce[:], p[done:done+n], nil)
+			binary.BigEndian.PutUint64(c.wnonce[4:], c.wcount)
+			out = c.seal.Seal(out, c.wnonce[:], p[done:done+n], nil)
 			c.wcount++
 			done += n
 		}

@@ -126,7 +126,7 @@ func upgrade(conn net.Conn, cfg ClientConfig, hs *initiator, msg []byte) (*Conn,
 		return nil, fmt.Errorf("send upgrade: %w", err)
 	}
 	limited := &meter{r: conn, left: maxHead}
-	in := bufio.NewReaderSize(limited, maxFrame)
+	in := bufio.NewReaderSize(limited, readAhead)
 	resp, err := http.ReadResponse(in, &http.Request{Method: http.MethodPost})
 	if err != nil {
 		return nil, fmt.Errorf("read answer to upgrade: %w", err)

@@ -19,7 +19,7 @@ func (m *Map) Identity(p *Peer) identity.Peer {
 }
 
 // SelfIdentity says who this node is to others.
-func (m *Map) SelfIdentity() identity.Peer { return m.describe(m.self) }
+func (m *Map) SelfIdentity() identity.Peer { return m.describe(m.Self()) }
 
 func (m *Map) describe(n *wire.Node) identity.Peer {
 	who := identity.Peer{
@@ -134,7 +134,7 @@ func lastOf(p netip.Prefix) netip.Addr {
 // name are in the order of the rules.
 func (m *Map) capabilities(srcs []netip.Addr) map[string][]json.RawMessage {
 	var out map[string][]json.RawMessage
-	own := addresses(m.self)
+	own := addresses(m.Self())
 	for _, rule := range m.grants {
 		// Own addresses at which this rule may give something.
 		var at []netip.Addr

@@ -16,7 +16,8 @@ import (
 type NodeID = wire.NodeID
 
 // Map is what a node knows at one moment. It is immutable, and so is all that
-// its methods return: share it, never change it. Apply makes Maps.
+// its methods return: share it, never change it. Apply makes Maps; the zero
+// value is that of a node that knows nothing.
 type Map struct {
 	self    *wire.Node
 	network string // display name
@@ -75,8 +76,17 @@ type Peer struct {
 // the peer has none.
 func (p *Peer) FQDN() string { return strings.TrimSuffix(p.Name, ".") }
 
-// Self returns the node that the map is for.
-func (m *Map) Self() *wire.Node { return m.self }
+// nobody is the node of the zero Map.
+var nobody = &wire.Node{Hostinfo: &wire.Hostinfo{}}
+
+// Self returns the node that the map is for. It is never nil; for the zero Map
+// it has no key.
+func (m *Map) Self() *wire.Node {
+	if m.self == nil {
+		return nobody
+	}
+	return m.self
+}
 
 // NumPeers returns the number of peers.
 func (m *Map) NumPeers() int { return m.peers.n }
@@ -165,7 +175,7 @@ func normalName(s string) string { return strings.ToLower(strings.TrimSuffix(s, 
 // Domain returns the suffix of all names in the mesh, without dots around it:
 // what follows the first label of the own name. It is "" if there is none.
 func (m *Map) Domain() string {
-	_, domain, _ := strings.Cut(strings.TrimSuffix(m.self.Name, "."), ".")
+	_, domain, _ := strings.Cut(strings.TrimSuffix(m.Self().Name, "."), ".")
 	return domain
 }
 
@@ -221,7 +231,7 @@ func (m *Map) NextExpiry(now time.Time) time.Time {
 			next = at
 		}
 	}
-	look(m.self)
+	look(m.Self())
 	for p := range m.Peers() {
 		look(p.Node)
 	}

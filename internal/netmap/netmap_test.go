@@ -463,3 +463,13 @@ func TestRebase(t *testing.T) {
 		t.Errorf("from nothing: %+v", d)
 	}
 }
+
+func TestZeroMap(t *testing.T) {
+	var m Map
+	if _, ok := m.PeerByName("x"); ok || m.Domain() != "" || m.Self() == nil || m.NumPeers() != 0 || !m.SelfIdentity().IsZero() || !m.NextExpiry(start).IsZero() || m.Filter() != nil {
+		t.Error("the zero map knows something")
+	}
+	if _, ok := m.PeerByAddr(addr4(1).Addr()); ok || len(m.PeersByDisco(disco(1))) != 0 {
+		t.Error("the zero map knows something")
+	}
+}
