@@ -1,0 +1,245 @@
+package server
+
+import (
+	"encoding/json"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// node is a registered node. It is guarded by Server.mu.
+type node struct {
+	store.Node
+	expired bool // the key, by the server's clock
+
+	online    presence
+	stream    *stream   // open map poll, nil = none
+	offlineAt time.Time // when to call it offline, while stream is nil; zero = it is
+	idleSince time.Time // end of the last poll, or start of the server
+	swaps     bucket    // limits how often another connection takes the poll over
+
+	view *view // what peers see
+}
+
+// presence is whether a node has a map poll.
+type presence uint8
+
+const (
+	presenceUnknown presence = iota
+	presenceOnline
+	presenceOffline
+)
+
+func (p presence) wire() *bool {
+	if p == presenceUnknown {
+		return nil
+	}
+	b := p == presenceOnline
+	return &b
+}
+
+// view is what peers see of a node: immutable, made anew at each change, and
+// encoded at most once for all who get it.
+type view struct {
+	node wire.Node
+	// prev is the view before this one, nil if that one is itself outdated.
+	// Guarded by Server.mu.
+	prev *view
+	// patch leads from prev to here; nil if only the whole node says it.
+	patch *wire.PeerChange
+
+	once      sync.Once
+	json      json.RawMessage
+	patchOnce sync.Once
+	patchJSON json.RawMessage
+}
+
+func (v *view) encoded() json.RawMessage {
+	v.once.Do(func() { v.json, _ = json.Marshal(&v.node) })
+	return v.json
+}
+
+func (v *view) encodedPatch() json.RawMessage {
+	v.patchOnce.Do(func() { v.patchJSON, _ = json.Marshal(v.patch) })
+	return v.patchJSON
+}
+
+// registry holds the nodes by what they are looked up by. It is guarded by
+// Server.mu.
+type registry struct {
+	byID  map[wire.NodeID]*node
+	byKey map[identity.NodePublic]*node
+	names map[string]wire.NodeID
+	pool  *addressPool
+}
+
+func (r *registry) init(pool *addressPool, last wire.NodeID) {
+	r.byID = make(map[wire.NodeID]*node)
+	r.byKey = make(map[identity.NodePublic]*node)
+	r.names = make(map[string]wire.NodeID)
+	r.pool = pool
+	pool.startAfter(last)
+}
+
+func (r *registry) add(sn store.Node) *node {
+	n := &node{Node: sn}
+	r.byID[n.ID], r.byKey[n.Key], r.names[n.Name] = n, n, n.ID
+	r.pool.take(n.IPv4)
+	return n
+}
+
+func (r *registry) remove(n *node) {
+	delete(r.byID, n.ID)
+	delete(r.byKey, n.Key)
+	delete(r.names, n.Name)
+	r.pool.free(n.IPv4)
+}
+
+func (r *registry) rekey(n *node, key identity.NodePublic) {
+	delete(r.byKey, n.Key)
+	n.Key = key
+	r.byKey[key] = n
+}
+
+func (r *registry) rename(n *node, hostname, name string) {
+	delete(r.names, n.Name)
+	n.Hostname, n.Name = hostname, name
+	r.names[name] = n.ID
+}
+
+// freeName returns base, or base with the lowest suffix that makes it unique.
+// A name that id already has counts as free.
+func (r *registry) freeName(base string, id wire.NodeID) string {
+	name := base
+	for i := 1; ; i++ {
+		if have, ok := r.names[name]; !ok || have == id {
+			return name
+		}
+		name = suffixed(base, i)
+	}
+}
+
+// ownerName is the login name the policy knows a node's owner by.
+func (s *Server) ownerName(n *store.Node) string { return s.users[n.User].Name }
+
+// policyNode describes a node to the policy. Server.mu is held.
+func (s *Server) policyNode(n *store.Node) policyNode {
+	return policyNode{ID: n.ID, User: s.ownerName(n), Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}}
+}
+
+func wireUser(n *store.Node) wire.UserID {
+	if len(n.Tags) > 0 || n.User == 0 {
+		return wire.TaggedUser
+	}
+	return n.User
+}
+
+// peerNode returns what peers see of n. Server.mu is held.
+func (s *Server) peerNode(n *node) wire.Node {
+	addrs := []netip.Prefix{netip.PrefixFrom(n.IPv4, 32), netip.PrefixFrom(n.IPv6, 128)}
+	w := wire.Node{
+		ID:         n.ID,
+		StableID:   string(n.StableID),
+		Name:       n.Name + "." + s.cfg.Domain + ".",
+		User:       wireUser(&n.Node),
+		Key:        n.Key,
+		KeyExpiry:  n.Expires,
+		DiscoKey:   n.Disco,
+		Addresses:  addrs,
+		AllowedIPs: addrs,
+		Endpoints:  n.Endpoints,
+		HomeDERP:   n.HomeDERP,
+		Hostinfo:   peerHostinfo(n.Hostinfo),
+		Created:    n.Created,
+		Cap:        n.Cap,
+		Tags:       n.Tags,
+		Online:     n.online.wire(),
+		Expired:    n.expired,
+
+		MachineAuthorized: true,
+	}
+	if n.online == presenceOffline && !n.LastSeen.IsZero() {
+		seen := n.LastSeen
+		w.LastSeen = &seen
+	}
+	return w
+}
+
+// selfNode is what n sees of itself. Server.mu is held.
+func (s *Server) selfNode(n *node) *wire.Node {
+	w := s.peerNode(n)
+	w.Machine = n.Machine
+	on := true
+	w.Online, w.LastSeen = &on, nil
+	return &w
+}
+
+// refresh gives n a new view if what peers see of it has changed, and reports
+// whether it has. Server.mu is held.
+func (s *Server) refresh(n *node) bool {
+	w := s.peerNode(n)
+	if n.view != nil && reflect.DeepEqual(n.view.node, w) {
+		return false
+	}
+	v := &view{node: w, prev: n.view}
+	if n.view != nil {
+		n.view.prev = nil
+		v.patch = patch(&n.view.node, &w)
+	}
+	n.view = v
+	return true
+}
+
+// patch returns the PeerChange that turns a into b, or nil if there is none.
+func patch(a, b *wire.Node) *wire.PeerChange {
+	p := &wire.PeerChange{NodeID: b.ID}
+	c := *a
+	if a.HomeDERP != b.HomeDERP && b.HomeDERP != 0 {
+		p.DERPRegion, c.HomeDERP = b.HomeDERP, b.HomeDERP
+	}
+	if a.Cap != b.Cap && b.Cap != 0 {
+		p.Cap, c.Cap = b.Cap, b.Cap
+	}
+	if !slices.Equal(a.Endpoints, b.Endpoints) && len(b.Endpoints) > 0 {
+		p.Endpoints, c.Endpoints = b.Endpoints, b.Endpoints
+	}
+	// Stock clients doubt a disco key that arrives with an offline mark: they
+	// get the whole node.
+	offline := b.Online != nil && !*b.Online
+	if a.DiscoKey != b.DiscoKey && !b.DiscoKey.IsZero() && !offline {
+		p.DiscoKey, c.DiscoKey = &b.DiscoKey, b.DiscoKey
+	}
+	if b.Online != nil && (a.Online == nil || *a.Online != *b.Online) {
+		p.Online, c.Online = b.Online, b.Online
+	}
+	if b.LastSeen != nil {
+		p.LastSeen, c.LastSeen = b.LastSeen, b.LastSeen
+	} else if p.Online != nil && *p.Online {
+		c.LastSeen = nil // online peers have none, whatever was said before
+	}
+	if !a.KeyExpiry.Equal(b.KeyExpiry) && !b.KeyExpiry.IsZero() {
+		p.KeyExpiry, c.KeyExpiry = &b.KeyExpiry, b.KeyExpiry
+	}
+	if !reflect.DeepEqual(c, *b) {
+		return nil
+	}
+	return p
+}
+
+// profile is how nodes learn the name behind a UserID. Server.mu is held.
+func (s *Server) profile(id wire.UserID) (wire.UserProfile, bool) {
+	if id == wire.TaggedUser {
+		return wire.UserProfile{ID: id, LoginName: "tagged-devices", DisplayName: "Tagged Devices"}, true
+	}
+	u, ok := s.users[id]
+	return wire.UserProfile{ID: id, LoginName: u.Name, DisplayName: u.Name}, ok
+}
+
+// expiredAt reports whether a key that expires at t (zero = never) has.
+func expiredAt(t, now time.Time) bool { return !t.IsZero() && !now.Before(t) }

@@ -1,0 +1,118 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+)
+
+// PolicyState describes the policy in force.
+type PolicyState struct {
+	Version int64 // 0 = there is none
+	Author  string
+	Created time.Time
+	// DenyAll is true as long as there is no policy: nobody may talk to
+	// anybody.
+	DenyAll bool
+}
+
+// policyNode is a node as the policy knows it.
+type policyNode struct {
+	ID     wire.NodeID
+	User   string
+	Tags   []string
+	Addrs  []netip.Addr
+	Routes []netip.Prefix
+}
+
+// compiledPolicy is the policy applied to the present nodes. It is guarded by
+// Server.mu.
+type compiledPolicy interface {
+	Filter(wire.NodeID) []wire.FilterRule
+	Visible(wire.NodeID) []wire.NodeID
+	Upsert(policyNode) (affected []wire.NodeID)
+	Remove(wire.NodeID) (affected []wire.NodeID)
+}
+
+// policyState is the newest policy. It is guarded by Server.mu.
+type policyState struct {
+	store.Policy
+	parsed   *parsedPolicy // nil = none
+	compiled compiledPolicy
+}
+
+func (p *policyState) tagOwner(user, tag string) bool {
+	return p.parsed != nil && user != "" && p.parsed.TagOwner(user, tag)
+}
+
+// PolicyState returns which policy is in force.
+func (s *Server) PolicyState() PolicyState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := &s.policy
+	return PolicyState{Version: p.Version, Author: p.Author, Created: p.Created, DenyAll: p.parsed == nil}
+}
+
+// loadPolicy brings the stored policy in force. Server.mu is held.
+func (s *Server) loadPolicy(ctx context.Context) error {
+	p, err := s.store.Policy(ctx)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		s.log.Warn("there is no policy: nobody may talk to anybody; set one with `mesh policy set`")
+		s.policy.compiled = compilePolicy(nil, s.policyNodes())
+		return nil
+	case err != nil:
+		return err
+	}
+	parsed, err := parsePolicy([]byte(p.Text))
+	if err != nil {
+		return fmt.Errorf("stored policy %d: %w", p.Version, err)
+	}
+	s.policy = policyState{Policy: p, parsed: parsed, compiled: compilePolicy(parsed, s.policyNodes())}
+	return nil
+}
+
+// policyNodes describes all nodes. Server.mu is held.
+func (s *Server) policyNodes() []policyNode {
+	nodes := make([]policyNode, 0, len(s.nodes.byID))
+	for _, n := range s.nodes.byID {
+		nodes = append(nodes, s.policyNode(&n.Node))
+	}
+	return nodes
+}
+
+// SetPolicy checks a policy, stores it as the next version and brings it in
+// force: every node hears what changes for it, and nothing else. expect is the
+// version it replaces, or -1 for any; store.ErrConflict says that there is a
+// newer one. Errors of the policy itself match ErrPolicy.
+func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (PolicyState, error) {
+	parsed, err := parsePolicy([]byte(text))
+	if err != nil {
+		return PolicyState{}, fmt.Errorf("%w: %w", ErrPolicy, err)
+	}
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	p, err := s.store.SetPolicy(context.WithoutCancel(ctx), by, text, expect, s.cfg.Now())
+	if err != nil {
+		return PolicyState{}, err
+	}
+	s.mu.Lock()
+	s.policy = policyState{Policy: p, parsed: parsed, compiled: compilePolicy(parsed, s.policyNodes())}
+	for _, n := range s.nodes.byID {
+		if n.stream != nil {
+			n.stream.pending.all, n.stream.pending.filter = true, true
+			n.stream.poke()
+		}
+	}
+	s.mu.Unlock()
+	return s.PolicyState(), nil
+}
+
+// ErrPolicy reports a policy that cannot be accepted; the error around it says
+// where and why.
+var ErrPolicy = errors.New("policy refused")

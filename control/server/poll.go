@@ -1,0 +1,349 @@
+package server
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"go.uber.org/zap"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+)
+
+// Limits on how often another connection may take over a node's poll: clones
+// of one identity would otherwise chase each other for ever.
+const (
+	swapBurst = 10
+	swapEvery = 5 * time.Second
+)
+
+// serveMap is POST /machine/map.
+func (s *Server) serveMap(w http.ResponseWriter, r *http.Request, c *client) {
+	var req wire.MapRequest
+	if !readJSON(w, r, &req) {
+		return
+	}
+	if err := s.admitMap(r.Context(), c, &req); err != nil {
+		if wire.CodeOf(err) == "" {
+			s.log.Error("map request failed", zap.Error(err))
+			http.Error(w, "internal error", http.StatusInternalServerError)
+			return
+		}
+		refuse(w, err)
+		return
+	}
+	c.known()
+	switch {
+	case req.Stream:
+		s.poll(w, r, c, &req)
+	case req.OmitPeers:
+		if err := s.report(r.Context(), c, &req); err != nil {
+			refuse(w, err)
+			return
+		}
+		w.WriteHeader(http.StatusOK)
+	default:
+		s.fetch(w, c, &req)
+	}
+}
+
+// admitMap checks that the machine owns the node key and the key is good.
+func (s *Server) admitMap(ctx context.Context, c *client, req *wire.MapRequest) error {
+	if req.Version < wire.MinCapabilityVersion || c.version < wire.MinCapabilityVersion {
+		return wire.ErrVersionTooOld
+	}
+	s.mu.Lock()
+	_, err := s.ownNode(c, req)
+	s.mu.Unlock()
+	if errors.Is(err, wire.ErrNodeUnknown) {
+		dead, derr := s.store.DeadKey(ctx, req.NodeKey)
+		switch {
+		case derr == nil && dead.Removed && dead.Machine == c.machine:
+			return wire.ErrNodeRevoked
+		case derr != nil && !errors.Is(derr, store.ErrNotFound):
+			return derr
+		}
+	}
+	return err
+}
+
+// ownNode returns the node of a request. Server.mu is held.
+func (s *Server) ownNode(c *client, req *wire.MapRequest) (*node, error) {
+	n := s.nodes.byKey[req.NodeKey]
+	switch {
+	case n == nil:
+		return nil, wire.ErrNodeUnknown
+	case n.Machine != c.machine:
+		return nil, wire.ErrMachineMismatch
+	case n.expired || expiredAt(n.Expires, s.cfg.Now()):
+		return nil, wire.ErrNodeKeyExpired
+	}
+	return n, nil
+}
+
+// report stores what a lite update says.
+func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) error {
+	if req.ReadOnly {
+		return nil
+	}
+	info := cleanHostinfo(req.Hostinfo)
+	endpoints := cleanEndpoints(req.Endpoints)
+	s.mu.Lock()
+	n, err := s.ownNode(c, req)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	if !req.DiscoKey.IsZero() {
+		n.Disco = req.DiscoKey
+	}
+	n.Endpoints = endpoints
+	n.Cap = req.Version
+	if req.Hostinfo != nil {
+		n.Hostinfo = info
+		if ni := req.Hostinfo.NetInfo; ni != nil && ni.PreferredDERP > 0 && ni.PreferredDERP <= 65535 {
+			n.HomeDERP = ni.PreferredDERP
+		}
+	}
+	s.unsaved[n.ID] = struct{}{}
+	s.changed(n)
+	id, rename := n.ID, info.Hostname != "" && label(info.Hostname) != n.Hostname
+	s.mu.Unlock()
+	if rename {
+		s.rename(ctx, id, label(info.Hostname))
+	}
+	return nil
+}
+
+// rename follows a node's change of host name.
+func (s *Server) rename(ctx context.Context, id wire.NodeID, hostname string) {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	n := s.nodes.byID[id]
+	if n == nil || n.Hostname == hostname {
+		s.mu.Unlock()
+		return
+	}
+	name := s.nodes.freeName(hostname, id)
+	s.mu.Unlock()
+	if err := s.store.RenameNode(context.WithoutCancel(ctx), id, hostname, name, s.cfg.Now()); err != nil {
+		s.log.Error("rename failed", zap.Int64("node", int64(id)), zap.Error(err))
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.nodes.rename(n, hostname, name)
+	s.changed(n)
+}
+
+// fetch answers with one complete message.
+func (s *Server) fetch(w http.ResponseWriter, c *client, req *wire.MapRequest) {
+	s.mu.Lock()
+	n, err := s.ownNode(c, req)
+	if err != nil {
+		s.mu.Unlock()
+		refuse(w, err)
+		return
+	}
+	st := newStream(n.ID, c)
+	fresh := s.first(st)
+	s.mu.Unlock()
+	m, err := s.firstMessage(st, fresh)
+	if err == nil {
+		err = newFramer(w, req, s.cfg.WriteTimeout).send(m)
+	}
+	if err != nil {
+		s.log.Debug("map answer was not delivered", zap.Error(err))
+	}
+}
+
+// poll serves a map stream until it ends.
+func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wire.MapRequest) {
+	st, fresh, err := s.attach(c, req)
+	if err != nil {
+		if errors.Is(err, errSwaps) {
+			tooMany(w, int(swapEvery/time.Second))
+			return
+		}
+		refuse(w, err)
+		return
+	}
+	defer s.detach(st)
+	f := newFramer(w, req, s.cfg.WriteTimeout)
+	m, err := s.firstMessage(st, fresh)
+	if err == nil {
+		err = f.send(m)
+	}
+	for err == nil {
+		err = s.next(r.Context(), st, f)
+	}
+	if !errors.Is(err, errStreamOver) {
+		s.log.Debug("map stream ended", zap.Int64("node", int64(st.id)), zap.Error(err))
+	}
+}
+
+var (
+	errStreamOver = errors.New("stream is over")
+	errSwaps      = errors.New("the poll changes hands too often")
+)
+
+// next waits for the next thing to send and sends it.
+func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
+	// Nodes give a stream up after wire.Watchdog; the jitter keeps many
+	// streams from waking the server at once.
+	idle := time.NewTimer(wire.KeepAliveInterval + rand.N(9*time.Second))
+	defer idle.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-idle.C:
+		return f.send(&response{MapResponse: wire.MapResponse{KeepAlive: true}})
+	case <-st.wake:
+	}
+	s.mu.Lock()
+	n := s.collect(st)
+	s.mu.Unlock()
+	msgs, err := st.messages(n)
+	if err != nil {
+		return err
+	}
+	for _, m := range msgs {
+		if err := f.send(m); err != nil {
+			return err
+		}
+	}
+	if n.ended {
+		return errStreamOver
+	}
+	return nil
+}
+
+// attach makes a new stream the node's poll, in place of a former one.
+func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.ownNode(c, req)
+	if err != nil {
+		return nil, news{}, err
+	}
+	now := s.cfg.Now()
+	if old := n.stream; old != nil {
+		code := wire.ErrorCode("")
+		if old.client != c {
+			if !n.swap(now) {
+				return nil, news{}, errSwaps
+			}
+			// Either the old connection is dead, and nobody hears this, or
+			// somebody runs a copy of the node's state.
+			code = wire.CodeCloned
+		}
+		old.end(code)
+	}
+	st := newStream(n.ID, c)
+	n.stream = st
+	n.online, n.offlineAt = presenceOnline, time.Time{}
+	n.Polled = true
+	// A poll does not change what the node reports, as lite updates do; but
+	// without a disco key nobody could reach it until the first of these.
+	if n.Disco.IsZero() {
+		n.Disco = req.DiscoKey
+	}
+	if n.Cap == 0 {
+		n.Cap = req.Version
+	}
+	s.unsaved[n.ID] = struct{}{}
+	s.changed(n)
+	return st, s.first(st), nil
+}
+
+// swap takes a token for a change of connection.
+func (n *node) swap(now time.Time) bool {
+	if n.swaps.at.IsZero() {
+		n.swaps = bucket{swapBurst, now}
+	}
+	if d := now.Sub(n.swaps.at); d > 0 {
+		n.swaps.tokens = min(swapBurst, n.swaps.tokens+float64(d)/float64(swapEvery))
+		n.swaps.at = now
+	}
+	if n.swaps.tokens < 1 {
+		return false
+	}
+	n.swaps.tokens--
+	return true
+}
+
+// detach notes that a stream is over. One that was replaced changes nothing.
+func (s *Server) detach(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[st.id]
+	if n == nil || n.stream != st {
+		return
+	}
+	now := s.cfg.Now()
+	n.stream = nil
+	n.LastSeen, n.idleSince = now, now
+	n.offlineAt = now.Add(s.cfg.OfflineGrace)
+	s.unsaved[n.ID] = struct{}{}
+	s.scheduleNode(n)
+}
+
+// framer writes messages in the form of a map stream.
+type framer struct {
+	w       http.ResponseWriter
+	rc      *http.ResponseController
+	zstd    bool
+	timeout time.Duration
+	buf     []byte
+}
+
+func newFramer(w http.ResponseWriter, req *wire.MapRequest, timeout time.Duration) *framer {
+	return &framer{w: w, rc: http.NewResponseController(w), zstd: req.Compress == "zstd", timeout: timeout}
+}
+
+// encoder is shared by all streams: EncodeAll is safe for that, and each
+// message is a frame of its own.
+var encoder = sync.OnceValue(func() *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(512<<10), zstd.WithEncoderConcurrency(2))
+	if err != nil {
+		panic("server: zstd: " + err.Error()) // the options are constants
+	}
+	return e
+})
+
+// send writes one message and sees to it that it leaves. A reader that takes
+// nothing for the timeout ends the stream.
+func (f *framer) send(v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	f.buf = append(f.buf[:0], 0, 0, 0, 0)
+	if f.zstd {
+		f.buf = encoder().EncodeAll(b, f.buf)
+	} else {
+		f.buf = append(f.buf, b...)
+	}
+	binary.LittleEndian.PutUint32(f.buf, uint32(len(f.buf)-4))
+	if f.timeout > 0 {
+		f.rc.SetWriteDeadline(time.Now().Add(f.timeout))
+	}
+	if _, err := f.w.Write(f.buf); err != nil {
+		return err
+	}
+	if err := f.rc.Flush(); err != nil {
+		return err
+	}
+	if cap(f.buf) > 64<<10 {
+		f.buf = nil // the first message is large, the others are not
+	}
+	return f.rc.SetWriteDeadline(time.Time{})
+}

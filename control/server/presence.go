@@ -1,0 +1,233 @@
+package server
+
+import (
+	"container/heap"
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+)
+
+// deadlines is a heap of moments at which a node should be looked at. Entries
+// that no longer mean anything are harmless: looking changes nothing then.
+// Guarded by Server.mu.
+type deadlines []deadline
+
+type deadline struct {
+	at time.Time
+	id wire.NodeID
+}
+
+func (d deadlines) Len() int           { return len(d) }
+func (d deadlines) Less(i, j int) bool { return d[i].at.Before(d[j].at) }
+func (d deadlines) Swap(i, j int)      { d[i], d[j] = d[j], d[i] }
+
+// Push and Pop implement heap.Interface.
+func (d *deadlines) Push(x any) { *d = append(*d, x.(deadline)) }
+
+// Pop implements heap.Interface.
+func (d *deadlines) Pop() any {
+	old := *d
+	x := old[len(old)-1]
+	*d = old[:len(old)-1]
+	return x
+}
+
+// neverPolled is how many times the EphemeralTimeout an ephemeral node has
+// from its registration to its first poll.
+const neverPolled = 10
+
+// removalAt is when an ephemeral node has been silent for too long; zero =
+// never. Server.mu is held.
+func (s *Server) removalAt(n *node) time.Time {
+	switch {
+	case !n.Ephemeral || n.stream != nil:
+		return time.Time{}
+	case n.Polled:
+		return n.idleSince.Add(s.cfg.EphemeralTimeout)
+	default:
+		return n.idleSince.Add(neverPolled * s.cfg.EphemeralTimeout)
+	}
+}
+
+// scheduleNode has the janitor look at n when something is due. Server.mu is
+// held.
+func (s *Server) scheduleNode(n *node) {
+	var next time.Time
+	consider := func(t time.Time) {
+		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
+			next = t
+		}
+	}
+	consider(n.offlineAt)
+	consider(s.removalAt(n))
+	if !n.expired {
+		consider(n.Expires)
+	}
+	if next.IsZero() {
+		return
+	}
+	first := len(s.deadline) == 0 || next.Before(s.deadline[0].at)
+	heap.Push(&s.deadline, deadline{next, n.ID})
+	if first {
+		select {
+		case s.kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// janitor does what is due: nodes that went silent, keys that expire, reports
+// to store.
+func (s *Server) janitor() {
+	flush := time.NewTicker(max(s.cfg.FlushInterval, time.Millisecond))
+	defer flush.Stop()
+	due := time.NewTimer(0)
+	defer due.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.kick:
+		case <-due.C:
+		case <-flush.C:
+			if err := s.flush(s.ctx); err != nil && s.ctx.Err() == nil {
+				s.log.Error("what nodes report could not be stored", zap.Error(err))
+			}
+			continue
+		}
+		// An hour at most, in case the clock is set.
+		due.Reset(min(max(s.lookAtDue(), 0), time.Hour))
+	}
+}
+
+// lookAtDue handles all deadlines that passed and returns the time to the next.
+func (s *Server) lookAtDue() time.Duration {
+	var remove []wire.NodeID
+	now := s.cfg.Now()
+	s.mu.Lock()
+	wait := time.Hour
+	for len(s.deadline) > 0 {
+		if d := s.deadline[0].at.Sub(now); d > 0 {
+			wait = d
+			break
+		}
+		id := heap.Pop(&s.deadline).(deadline).id
+		n := s.nodes.byID[id]
+		if n == nil {
+			continue
+		}
+		if !n.offlineAt.IsZero() && !n.offlineAt.After(now) {
+			n.online, n.offlineAt = presenceOffline, time.Time{}
+		}
+		if !n.expired && expiredAt(n.Expires, now) {
+			s.expire(n)
+		}
+		s.changed(n)
+		if at := s.removalAt(n); !at.IsZero() && !at.After(now) {
+			remove = append(remove, id)
+			continue
+		}
+		s.scheduleNode(n)
+	}
+	s.mu.Unlock()
+	for _, id := range remove {
+		s.removeIdle(id)
+	}
+	return wait
+}
+
+// expire ends a node's membership for as long as it has no new key. Server.mu
+// is held; the caller calls changed.
+func (s *Server) expire(n *node) {
+	n.expired = true
+	if n.stream != nil {
+		n.stream.end(wire.CodeNodeKeyExpired)
+	}
+	s.member(n.Key, false)
+}
+
+// removeIdle removes an ephemeral node that is still silent.
+func (s *Server) removeIdle(id wire.NodeID) {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	n := s.nodes.byID[id]
+	now := s.cfg.Now()
+	ok := false
+	if n != nil {
+		at := s.removalAt(n)
+		ok = !at.IsZero() && !at.After(now)
+	}
+	s.mu.Unlock()
+	if !ok {
+		return
+	}
+	if err := s.remove(s.ctx, "server", id, false); err != nil && s.ctx.Err() == nil {
+		s.log.Error("ephemeral node could not be removed", zap.Int64("node", int64(id)), zap.Error(err))
+		s.mu.Lock()
+		if n := s.nodes.byID[id]; n != nil {
+			n.idleSince = now // once more, later
+			s.scheduleNode(n)
+		}
+		s.mu.Unlock()
+	}
+}
+
+// remove forgets a node, in the store and everywhere. With bury its key stays
+// refused as removed by an administrator. opMu is held.
+func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury bool) error {
+	if err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, bury, s.cfg.Now()); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		return nil
+	}
+	viewers := s.policy.compiled.Visible(id)
+	affected := s.policy.compiled.Remove(id)
+	s.nodes.remove(n)
+	delete(s.unsaved, id)
+	if n.stream != nil {
+		code := wire.CodeNodeUnknown
+		if bury {
+			code = wire.CodeNodeRevoked
+		}
+		n.stream.end(code)
+	}
+	s.member(n.Key, false)
+	for _, v := range viewers {
+		if v := s.nodes.byID[v]; v != nil && v.stream != nil {
+			v.stream.peer(id, false)
+		}
+	}
+	s.affected(id, affected)
+	return nil
+}
+
+// flush stores what nodes reported since the last time.
+func (s *Server) flush(ctx context.Context) error {
+	s.mu.Lock()
+	states := make(map[wire.NodeID]store.NodeState, len(s.unsaved))
+	for id := range s.unsaved {
+		if n := s.nodes.byID[id]; n != nil {
+			states[id] = n.NodeState
+		}
+	}
+	clear(s.unsaved)
+	s.mu.Unlock()
+	err := s.store.SaveStates(ctx, states)
+	if err != nil {
+		s.mu.Lock()
+		for id := range states {
+			s.unsaved[id] = struct{}{}
+		}
+		s.mu.Unlock()
+	}
+	return err
+}

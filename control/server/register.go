@@ -1,0 +1,367 @@
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base32"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// serveRegister is POST /machine/register.
+func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client) {
+	if !s.limit.ok(c.source) {
+		tooMany(w, 5)
+		return
+	}
+	var req wire.RegisterRequest
+	if !readJSON(w, r, &req) {
+		return
+	}
+	resp, err := s.register(r.Context(), c, &req)
+	if err != nil {
+		code := wire.CodeOf(err)
+		if code == "" {
+			s.log.Error("registration failed", zap.Error(err))
+			http.Error(w, "internal error", http.StatusInternalServerError)
+			return
+		}
+		s.limit.failed(c.source)
+		text := code.Err().Error()
+		if code == wire.CodeTagNotAllowed {
+			text = err.Error() // names the tag that the caller named
+		}
+		resp = &wire.RegisterResponse{Error: text, MeshCode: code}
+	} else if !resp.NodeKeyExpired {
+		c.known()
+	}
+	writeJSON(w, http.StatusOK, resp)
+}
+
+// newKeyPlease tells a client to make another node key and ask again.
+func newKeyPlease(code wire.ErrorCode) *wire.RegisterResponse {
+	return &wire.RegisterResponse{NodeKeyExpired: true, MeshCode: code}
+}
+
+// register decides what a machine's wish to be a node leads to. Refusals are
+// the errors of package wire.
+func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
+	if req.Version < wire.MinCapabilityVersion || c.version < wire.MinCapabilityVersion {
+		return nil, wire.ErrVersionTooOld
+	}
+	if req.NodeKey.IsZero() {
+		return newKeyPlease(""), nil
+	}
+	// What follows changes store and memory alike: a client that hangs up must
+	// not leave them different.
+	ctx = context.WithoutCancel(ctx)
+	now := s.cfg.Now()
+	logout := !req.Expiry.IsZero() && req.Expiry.Before(now)
+
+	if resp, err := s.registerKnown(ctx, c, req, logout); resp != nil || err != nil {
+		return resp, err
+	}
+	if logout {
+		return newKeyPlease(""), nil // who is gone need not leave
+	}
+
+	// The key is looked at before the lock, so that those who only guess do
+	// not hold up the others.
+	var key store.Key
+	var keyErr error = wire.ErrNeedsLogin
+	text := ""
+	if req.Auth != nil && req.Auth.AuthKey != "" {
+		text = strings.TrimSpace(req.Auth.AuthKey)
+		key, keyErr = s.store.VerifyKey(ctx, store.KeyNode, text, now)
+		if keyErr != nil && wire.CodeOf(keyErr) == "" {
+			return nil, keyErr
+		}
+	}
+
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	// The same request may have been served meanwhile.
+	if resp, err := s.knownNode(c, req); resp != nil || err != nil {
+		return resp, err
+	}
+	if resp, err := s.registerDead(ctx, c, req.NodeKey, key, keyErr); resp != nil || err != nil {
+		return resp, err
+	}
+	var old *store.Node
+	if !req.OldNodeKey.IsZero() {
+		s.mu.Lock()
+		if n := s.nodes.byKey[req.OldNodeKey]; n != nil {
+			sn := n.Node
+			old = &sn
+		}
+		s.mu.Unlock()
+	}
+	if old != nil {
+		if old.Machine != c.machine {
+			return nil, wire.ErrMachineMismatch
+		}
+		// A valid identity goes before an auth key: it stays, with a new key.
+		if !expiredAt(old.Expires, now) {
+			return s.rotate(ctx, c, old.ID, req.NodeKey)
+		}
+	}
+	if errors.Is(keyErr, wire.ErrAuthKeyUsed) {
+		// The answer to an earlier attempt may have been lost, and stock
+		// clients try again with another node key.
+		s.mu.Lock()
+		n := s.nodes.byID[key.UsedBy]
+		again := n != nil && n.Machine == c.machine && !n.Polled && !expiredAt(n.Expires, now)
+		s.mu.Unlock()
+		if again {
+			return s.rotate(ctx, c, key.UsedBy, req.NodeKey)
+		}
+	}
+	if keyErr != nil {
+		if !req.OldNodeKey.IsZero() && old == nil {
+			if _, err := s.registerDead(ctx, c, req.OldNodeKey, key, keyErr); errors.Is(err, wire.ErrNodeRevoked) {
+				return nil, err
+			}
+		}
+		return nil, keyErr
+	}
+	if buried, err := s.store.Buried(ctx, c.machine, key.ID); err != nil {
+		return nil, err
+	} else if buried {
+		return nil, fmt.Errorf("%w: this auth key brought the removed node in", wire.ErrNodeRevoked)
+	}
+	return s.enrol(ctx, c, req, text, key, old)
+}
+
+// registerKnown handles requests with the key of a live node: restart, logout,
+// and the wish for an earlier expiry. Both results are nil for other keys.
+func (s *Server) registerKnown(ctx context.Context, c *client, req *wire.RegisterRequest, logout bool) (*wire.RegisterResponse, error) {
+	resp, err := s.knownNode(c, req)
+	if resp == nil || err != nil || req.Expiry.IsZero() {
+		return resp, err
+	}
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	now := s.cfg.Now()
+	s.mu.Lock()
+	n := s.nodes.byKey[req.NodeKey]
+	if n == nil || n.Machine != c.machine {
+		s.mu.Unlock()
+		return newKeyPlease(""), nil
+	}
+	id, ephemeral, expires := n.ID, n.Ephemeral, n.Expires
+	s.mu.Unlock()
+	switch {
+	case logout && ephemeral:
+		return newKeyPlease(""), s.remove(ctx, "node", id, false)
+	case logout:
+		if expiredAt(expires, now) {
+			return newKeyPlease(""), nil
+		}
+		return newKeyPlease(""), s.setExpiry(ctx, "node", id, now)
+	case expires.IsZero() || req.Expiry.Before(expires):
+		return resp, s.setExpiry(ctx, "node", id, req.Expiry)
+	}
+	return resp, nil
+}
+
+// setExpiry changes when a node's key expires. opMu is held.
+func (s *Server) setExpiry(ctx context.Context, by string, id wire.NodeID, at time.Time) error {
+	now := s.cfg.Now()
+	if err := s.store.ExpireNode(ctx, by, id, at, now); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		return nil
+	}
+	n.Expires = at
+	if expiredAt(at, now) {
+		// It said so itself, or was told: no grace.
+		n.online, n.offlineAt, n.LastSeen = presenceOffline, time.Time{}, now
+		s.unsaved[id] = struct{}{}
+		s.expire(n)
+	}
+	s.changed(n)
+	s.scheduleNode(n)
+	return nil
+}
+
+// knownNode answers for a node key that is registered. Both results are nil if
+// it is not.
+func (s *Server) knownNode(c *client, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byKey[req.NodeKey]
+	switch {
+	case n == nil:
+		return nil, nil
+	case n.Machine != c.machine:
+		return nil, wire.ErrMachineMismatch
+	case expiredAt(n.Expires, s.cfg.Now()):
+		return newKeyPlease(wire.CodeNodeKeyExpired), nil
+	}
+	return s.welcome(&n.Node), nil
+}
+
+// registerDead answers for a node key that is no longer accepted. Both results
+// are nil for other keys.
+func (s *Server) registerDead(ctx context.Context, c *client, nodeKey identity.NodePublic, key store.Key, keyErr error) (*wire.RegisterResponse, error) {
+	dead, err := s.store.DeadKey(ctx, nodeKey)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case dead.Machine != c.machine:
+		return nil, wire.ErrMachineMismatch
+	case dead.Removed && (keyErr != nil || key.ID == dead.AuthKey):
+		return nil, wire.ErrNodeRevoked
+	}
+	return newKeyPlease(""), nil
+}
+
+// rotate gives a node another key. opMu is held.
+func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, key identity.NodePublic) (*wire.RegisterResponse, error) {
+	if err := s.store.RotateNodeKey(ctx, id, key, s.cfg.Now()); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		return nil, wire.ErrNodeUnknown
+	}
+	s.rekey(n, key, c)
+	return s.welcome(&n.Node), nil
+}
+
+// rekey replaces a node's key in memory. Server.mu is held.
+func (s *Server) rekey(n *node, key identity.NodePublic, c *client) {
+	s.member(n.Key, false)
+	s.nodes.rekey(n, key)
+	s.member(key, true)
+	if n.stream != nil && n.stream.client != c {
+		// Opened with the key that has just died.
+		n.stream.end(wire.CodeNodeUnknown)
+	}
+	s.changed(n)
+	s.scheduleNode(n)
+}
+
+// enrol makes a node out of a verified key: a new one, or old with a new key if
+// it has the same owner. opMu is held.
+func (s *Server) enrol(ctx context.Context, c *client, req *wire.RegisterRequest, text string, key store.Key, old *store.Node) (*wire.RegisterResponse, error) {
+	now := s.cfg.Now()
+	info := cleanHostinfo(req.Hostinfo)
+	s.mu.Lock()
+	tags, err := s.grantTags(req.Hostinfo, key)
+	if err != nil {
+		s.mu.Unlock()
+		return nil, err
+	}
+	n := store.Node{
+		Machine: c.machine, Key: req.NodeKey, Tags: tags, Created: now,
+		Ephemeral: key.Ephemeral || req.Ephemeral,
+		NodeState: store.NodeState{Hostinfo: info, Cap: req.Version},
+	}
+	if len(tags) == 0 {
+		n.User = key.User
+		if s.cfg.KeyExpiry > 0 {
+			n.Expires = now.Add(s.cfg.KeyExpiry)
+		}
+	}
+	if req.Expiry.After(now) && (n.Expires.IsZero() || req.Expiry.Before(n.Expires)) {
+		n.Expires = req.Expiry
+	}
+	renew := old != nil && old.User == n.User && slices.Equal(old.Tags, n.Tags)
+	if renew {
+		n.ID, n.StableID, n.Created = old.ID, old.StableID, old.Created
+		n.Hostname, n.Name, n.IPv4, n.IPv6 = old.Hostname, old.Name, old.IPv4, old.IPv6
+		n.NodeState = old.NodeState
+	} else {
+		n.StableID = newStableID()
+		n.Hostname = label(info.Hostname)
+		n.Name = s.nodes.freeName(n.Hostname, 0)
+		n.IPv4, n.IPv6, err = s.nodes.pool.peek()
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	if n, err = s.store.RegisterNode(ctx, text, n, now); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if renew {
+		m := s.nodes.byID[n.ID]
+		m.Expires, m.expired, m.Ephemeral, m.AuthKey, m.idleSince = n.Expires, false, n.Ephemeral, n.AuthKey, now
+		s.rekey(m, n.Key, c)
+		return s.welcome(&m.Node), nil
+	}
+	m := s.nodes.add(n)
+	m.idleSince = now
+	// Until its first poll nobody can reach it.
+	m.online = presenceOffline
+	s.refresh(m)
+	s.affected(n.ID, s.policy.compiled.Upsert(s.policyNode(&m.Node)))
+	s.member(n.Key, true)
+	s.scheduleNode(m)
+	return s.welcome(&m.Node), nil
+}
+
+// grantTags decides on a new node's tags: those of the key and no others; or,
+// with a user's key, those it asks for and the user may give. Server.mu is
+// held.
+func (s *Server) grantTags(h *wire.Hostinfo, key store.Key) ([]string, error) {
+	var asked []string
+	if h != nil {
+		asked = slices.Clone(h.RequestTags)
+	}
+	slices.Sort(asked)
+	asked = slices.Compact(asked)
+	if len(key.Tags) > 0 {
+		for _, t := range asked {
+			if !slices.Contains(key.Tags, t) {
+				return nil, fmt.Errorf("%w: %q", wire.ErrTagNotAllowed, clip(t))
+			}
+		}
+		return key.Tags, nil
+	}
+	for _, t := range asked {
+		if !s.policy.tagOwner(s.users[key.User].Name, t) {
+			return nil, fmt.Errorf("%w: %q", wire.ErrTagNotAllowed, clip(t))
+		}
+	}
+	return asked, nil
+}
+
+// welcome is the answer to a node that is in. Server.mu is held.
+func (s *Server) welcome(n *store.Node) *wire.RegisterResponse {
+	p, _ := s.profile(wireUser(n))
+	return &wire.RegisterResponse{
+		User:              wire.User{ID: p.ID, DisplayName: p.DisplayName, Created: n.Created},
+		Login:             wire.Login{ID: int64(p.ID), LoginName: p.LoginName, DisplayName: p.DisplayName},
+		MachineAuthorized: true,
+	}
+}
+
+var stableIDs = base32.NewEncoding("abcdefghijkmnpqrstuvwxyz23456789").WithPadding(base32.NoPadding)
+
+func newStableID() identity.StableID {
+	var b [10]byte
+	rand.Read(b[:])
+	return identity.StableID("n" + stableIDs.EncodeToString(b[:]))
+}

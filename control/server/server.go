@@ -1,0 +1,233 @@
+// Package server is the coordination server of a mesh: an http.Handler that
+// speaks the ts2021 protocol to nodes and relays, and another for
+// administrators, over a store.
+//
+// The server answers from memory and writes through to the store. A change
+// costs work in proportion to the nodes that can see it. What each open map
+// stream still has to learn is a set, not a queue: a slow reader never misses
+// the newest state and never makes the server buffer more than one.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/store"
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// Config is what New needs. Zero means the default, and for durations a
+// negative value means none.
+type Config struct {
+	Store store.Store // required; stays open when the server closes
+
+	Domain  string // DNS suffix of the mesh; default "mesh.internal"
+	BaseURL string // public URL, for Status only
+
+	// DERPMap lists relays known from the start, such as the one in the same
+	// process. Relays that announce themselves are added to it. Regions of
+	// DERPMap cannot be taken over.
+	DERPMap *wire.DERPMap
+
+	IPv4 netip.Prefix // where mesh addresses come from; default 100.64.0.0/10
+
+	KeyExpiry        time.Duration // of the node keys of users' nodes; default 90 days
+	OfflineGrace     time.Duration // silence after which a node counts as offline; default 10 s
+	EphemeralTimeout time.Duration // silence after which an ephemeral node is removed; default 120 s
+	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s
+	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
+
+	MaxHandshakes int // Noise handshakes at one time; default 256
+	MaxUnknown    int // connections of machines without a node; default 1024
+
+	// FailureRate is how many refused registrations a second one source
+	// address may cause, and FailureBurst how many at once, before it hears
+	// 429. Defaults 20 and 200.
+	FailureRate  float64
+	FailureBurst int
+
+	Logger *zap.Logger      // nil = silent
+	Now    func() time.Time // default time.Now
+}
+
+func (c *Config) setDefaults() {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+		*d = max(*d, 0)
+	}
+	def(&c.KeyExpiry, 90*24*time.Hour)
+	def(&c.OfflineGrace, 10*time.Second)
+	def(&c.EphemeralTimeout, 120*time.Second)
+	def(&c.FlushInterval, time.Second)
+	def(&c.WriteTimeout, 30*time.Second)
+	if c.Domain == "" {
+		c.Domain = "mesh.internal"
+	}
+	if !c.IPv4.IsValid() {
+		c.IPv4 = netip.MustParsePrefix("100.64.0.0/10")
+	}
+	if c.MaxHandshakes == 0 {
+		c.MaxHandshakes = 256
+	}
+	if c.MaxUnknown == 0 {
+		c.MaxUnknown = 1024
+	}
+	if c.FailureRate == 0 {
+		c.FailureRate = 20
+	}
+	if c.FailureBurst == 0 {
+		c.FailureBurst = 200
+	}
+	if c.Logger == nil {
+		c.Logger = zap.NewNop()
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+}
+
+// Server is a coordination server. Its methods may be called concurrently.
+type Server struct {
+	cfg   Config
+	log   *zap.Logger
+	store store.Store
+	key   identity.MachinePrivate
+
+	// opMu makes changes of users, nodes, relays and policy one at a time:
+	// decide, write to the store, apply to memory. Taken before mu.
+	opMu sync.Mutex
+
+	// mu guards the working set below. Nothing that blocks, no callback and no
+	// encoding happens while it is held.
+	mu       sync.Mutex
+	nodes    registry
+	users    map[wire.UserID]store.User
+	policy   policyState
+	relays   relaySet
+	members  map[*subscriber]struct{}
+	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
+	deadline deadlines
+
+	transport transport
+	limit     limiter
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // janitor and subscribers
+	closed sync.Once
+	kick   chan struct{} // tells the janitor that a deadline was added; buffered
+}
+
+// New loads the working set from the store and starts the server's own
+// goroutines.
+func New(cfg Config) (*Server, error) {
+	if cfg.Store == nil {
+		return nil, errors.New("control server: no store")
+	}
+	cfg.setDefaults()
+	s := &Server{
+		cfg:     cfg,
+		log:     cfg.Logger,
+		store:   cfg.Store,
+		users:   make(map[wire.UserID]store.User),
+		members: make(map[*subscriber]struct{}),
+		unsaved: make(map[wire.NodeID]struct{}),
+		kick:    make(chan struct{}, 1),
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.limit.init(cfg.FailureRate, cfg.FailureBurst, cfg.Now)
+	if err := s.load(s.ctx); err != nil {
+		s.cancel()
+		return nil, fmt.Errorf("control server: %w", err)
+	}
+	s.transport.start(s)
+	s.wg.Go(s.janitor)
+	return s, nil
+}
+
+func (s *Server) load(ctx context.Context) error {
+	var err error
+	if s.key, err = s.store.ServerKey(ctx); err != nil {
+		return err
+	}
+	pool, err := newAddressPool(s.cfg.IPv4)
+	if err != nil {
+		return err
+	}
+	last, err := s.store.LastNodeID(ctx)
+	if err != nil {
+		return err
+	}
+	s.nodes.init(pool, last)
+	users, err := s.store.Users(ctx)
+	if err != nil {
+		return err
+	}
+	for _, u := range users {
+		s.users[u.ID] = u
+	}
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.cfg.Now()
+	for i := range nodes {
+		n := s.nodes.add(nodes[i])
+		n.expired = expiredAt(n.Expires, now)
+		// Whoever was online gets time to come back before peers hear that
+		// it is not.
+		n.offlineAt = now.Add(max(s.cfg.OfflineGrace, 30*time.Second))
+		n.idleSince = now
+		s.scheduleNode(n)
+		s.refresh(n)
+	}
+	if err := s.relays.load(ctx, s.store, s.cfg.DERPMap); err != nil {
+		return err
+	}
+	return s.loadPolicy(ctx)
+}
+
+// Key returns the public key that nodes may pin.
+func (s *Server) Key() identity.MachinePublic { return s.key.Public() }
+
+// Close ends all connections and streams and waits for everything the server
+// started. It may be called more than once.
+func (s *Server) Close() error {
+	var err error
+	s.closed.Do(func() {
+		s.cancel()
+		s.transport.close()
+		s.wg.Wait()
+		err = s.flush(context.Background())
+	})
+	return err
+}
+
+// HTTPServer returns an http.Server for h with the limits that a listener open
+// to the world needs. Upgraded connections are the Server's: its Close ends
+// them. HTTP/2 stays off, since an upgrade needs the connection for itself.
+func HTTPServer(h http.Handler) *http.Server {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	return &http.Server{
+		Handler:           h,
+		Protocols:         p,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       60 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+	}
+}

@@ -1,0 +1,311 @@
+package server
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"slices"
+
+	"mesh/control/wire"
+)
+
+// stream is an open map poll. What its node still has to learn is in pending,
+// what it knows in the members that only the poll's own goroutine touches.
+type stream struct {
+	id     wire.NodeID
+	client *client
+	wake   chan struct{} // buffered: pending is not empty
+
+	pending pending // guarded by Server.mu
+
+	// Owned by the goroutine of the poll.
+	sent     map[wire.NodeID]*view // peers as the node knows them
+	profiles map[wire.UserID]struct{}
+	filter   [sha256.Size]byte // of the rules as encoded
+	policy   int64
+}
+
+// pending is what changed for a stream since it last looked. Its size is
+// bounded by the number of nodes.
+type pending struct {
+	peers   map[wire.NodeID]bool // changed peers; true = visible
+	all     bool                 // any peer may have come, gone or changed
+	self    bool
+	filter  bool
+	derp    bool
+	ended   bool
+	code    wire.ErrorCode // why it ended, "" = replaced
+	profile bool           // names of users changed
+}
+
+func newStream(id wire.NodeID, c *client) *stream {
+	return &stream{
+		id: id, client: c, wake: make(chan struct{}, 1),
+		sent: make(map[wire.NodeID]*view), profiles: make(map[wire.UserID]struct{}),
+	}
+}
+
+// The methods below need Server.mu.
+
+func (st *stream) poke() {
+	select {
+	case st.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (st *stream) peer(id wire.NodeID, visible bool) {
+	if st.pending.peers == nil {
+		st.pending.peers = make(map[wire.NodeID]bool)
+	}
+	st.pending.peers[id] = visible
+	st.poke()
+}
+
+func (st *stream) end(code wire.ErrorCode) {
+	if !st.pending.ended {
+		st.pending.ended, st.pending.code = true, code
+	}
+	st.poke()
+}
+
+// changed makes everybody who can see n look at it again, if there is
+// something new to see. Server.mu is held.
+func (s *Server) changed(n *node) {
+	if !s.refresh(n) {
+		return
+	}
+	if n.stream != nil {
+		n.stream.pending.self = true
+		n.stream.poke()
+	}
+	for _, id := range s.policy.compiled.Visible(n.ID) {
+		if v := s.nodes.byID[id]; v != nil && v.stream != nil {
+			v.stream.peer(n.ID, true)
+		}
+	}
+}
+
+// affected tells the nodes whose filter or peers a change of subject touched.
+// Server.mu is held.
+func (s *Server) affected(subject wire.NodeID, ids []wire.NodeID) {
+	visible := make(map[wire.NodeID]struct{})
+	if s.nodes.byID[subject] != nil {
+		for _, id := range s.policy.compiled.Visible(subject) {
+			visible[id] = struct{}{}
+		}
+	}
+	for _, id := range ids {
+		v := s.nodes.byID[id]
+		if v == nil || v.stream == nil {
+			continue
+		}
+		v.stream.pending.filter = true
+		if id == subject {
+			v.stream.pending.all = true
+			v.stream.poke()
+			continue
+		}
+		_, ok := visible[id]
+		v.stream.peer(subject, ok)
+	}
+	for id := range visible {
+		if v := s.nodes.byID[id]; v != nil && v.stream != nil {
+			v.stream.peer(subject, true)
+		}
+	}
+}
+
+// response is a MapResponse whose nodes are encoded already. The members here
+// stand before those of the same name in MapResponse.
+type response struct {
+	wire.MapResponse
+	Peers             []json.RawMessage `json:",omitempty"`
+	PeersChanged      []json.RawMessage `json:",omitempty"`
+	PeersChangedPatch []json.RawMessage `json:",omitempty"`
+}
+
+// news is what a stream found under the lock and encodes after it.
+type news struct {
+	self     *wire.Node
+	derp     *wire.DERPMap
+	whole    []*view // to send as nodes
+	patched  []*view // to send as patches
+	removed  []wire.NodeID
+	profiles []wire.UserProfile
+	rules    []wire.FilterRule // nil = not looked at
+	policy   int64
+	ended    bool
+	code     wire.ErrorCode
+}
+
+// collect takes what is pending for st. Server.mu is held.
+func (s *Server) collect(st *stream) (n news) {
+	p := st.pending
+	st.pending = pending{}
+	me := s.nodes.byID[st.id]
+	if p.ended || me == nil {
+		n.ended, n.code = true, p.code
+		if p.code != wire.CodeNodeKeyExpired || me == nil {
+			return n
+		}
+		// The node should hear of its expiry in the terms of the protocol too.
+		p = pending{self: true}
+	}
+	n.policy = s.policy.Version
+	user := func(id wire.UserID) {
+		if _, ok := st.profiles[id]; ok {
+			return
+		}
+		if prof, ok := s.profile(id); ok {
+			n.profiles = append(n.profiles, prof)
+			st.profiles[id] = struct{}{}
+		}
+	}
+	if p.self {
+		n.self = s.selfNode(me)
+		user(n.self.User)
+	}
+	if p.derp {
+		n.derp = s.relays.derpMap()
+	}
+	if p.filter {
+		if n.rules = s.policy.compiled.Filter(st.id); n.rules == nil {
+			n.rules = []wire.FilterRule{}
+		}
+	}
+	look := func(id wire.NodeID) {
+		other := s.nodes.byID[id]
+		if other == nil || id == st.id {
+			return
+		}
+		had, v := st.sent[id], other.view
+		switch {
+		case had == v:
+			return
+		case had != nil && v.prev == had && v.patch != nil:
+			n.patched = append(n.patched, v)
+		default:
+			n.whole = append(n.whole, v)
+		}
+		st.sent[id] = v
+		user(v.node.User)
+	}
+	gone := func(id wire.NodeID) {
+		if st.sent[id] != nil {
+			delete(st.sent, id)
+			n.removed = append(n.removed, id)
+		}
+	}
+	if p.all {
+		visible := s.policy.compiled.Visible(st.id)
+		set := make(map[wire.NodeID]struct{}, len(visible))
+		for _, id := range visible {
+			set[id] = struct{}{}
+		}
+		for id := range st.sent {
+			if _, ok := set[id]; !ok || s.nodes.byID[id] == nil {
+				gone(id)
+			}
+		}
+		for _, id := range visible {
+			look(id)
+		}
+	} else {
+		for id, visible := range p.peers {
+			if visible && s.nodes.byID[id] != nil {
+				look(id)
+			} else {
+				gone(id)
+			}
+		}
+	}
+	slices.Sort(n.removed)
+	return n
+}
+
+// messages encodes news for a stream. What makes stock clients rebuild their
+// whole view travels apart from the rest. It runs without the lock.
+func (st *stream) messages(n news) (out []*response, err error) {
+	if n.self != nil || n.derp != nil {
+		m := new(response)
+		m.Node, m.DERPMap = n.self, n.derp
+		out = append(out, m)
+	}
+	m := new(response)
+	for _, v := range n.whole {
+		m.PeersChanged = append(m.PeersChanged, v.encoded())
+	}
+	for _, v := range n.patched {
+		m.PeersChangedPatch = append(m.PeersChangedPatch, v.encodedPatch())
+	}
+	m.PeersRemoved = n.removed
+	filter, err := st.newFilter(n.rules)
+	if err != nil {
+		return nil, err
+	}
+	if filter {
+		m.PacketFilters = map[string][]wire.FilterRule{"base": n.rules}
+	}
+	m.UserProfiles = n.profiles
+	if filter || len(n.whole)+len(n.patched)+len(n.removed)+len(n.profiles) > 0 {
+		if st.policy != n.policy {
+			st.policy, m.MeshPolicy = n.policy, n.policy
+		}
+		out = append(out, m)
+	}
+	if n.ended && n.code != "" {
+		end := new(response)
+		end.MeshCode = n.code
+		out = append(out, end)
+	}
+	return out, nil
+}
+
+// newFilter reports whether the node does not have these rules yet.
+func (st *stream) newFilter(rules []wire.FilterRule) (bool, error) {
+	if rules == nil {
+		return false, nil
+	}
+	b, err := json.Marshal(rules)
+	if err != nil {
+		return false, err
+	}
+	sum := sha256.Sum256(b)
+	if bytes.Equal(sum[:], st.filter[:]) {
+		return false, nil
+	}
+	st.filter = sum
+	return true, nil
+}
+
+// first returns the complete message that starts a stream. Server.mu is held;
+// finish encodes the rest without it.
+func (s *Server) first(st *stream) news {
+	st.pending.self, st.pending.derp, st.pending.filter, st.pending.all = true, true, true, true
+	return s.collect(st)
+}
+
+// firstMessage encodes the news of first.
+func (s *Server) firstMessage(st *stream, n news) (*response, error) {
+	if _, err := st.newFilter(n.rules); err != nil {
+		return nil, err
+	}
+	st.policy = n.policy
+	m := new(response)
+	m.Node, m.DERPMap = n.self, n.derp
+	for _, v := range n.whole {
+		m.Peers = append(m.Peers, v.encoded())
+	}
+	m.PacketFilters = map[string][]wire.FilterRule{"base": n.rules}
+	m.UserProfiles = n.profiles
+	m.Domain = s.cfg.Domain
+	m.DNSConfig = &wire.DNSConfig{Proxied: true, Domains: []string{s.cfg.Domain}}
+	now := s.cfg.Now().UTC()
+	m.ControlTime = &now
+	no := false
+	m.CollectServices = &no
+	m.Debug = &wire.Debug{DisableLogTail: true}
+	m.MeshPolicy = n.policy
+	return m, nil
+}
