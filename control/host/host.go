@@ -1,0 +1,345 @@
+// Package host runs the servers of a mesh on their sockets: Start is what
+// `mesh serve` runs (control plane, relay and STUN in one process), StartRelay
+// what `mesh relay` runs.
+package host
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/server"
+	"mesh/control/store"
+	"mesh/control/wire"
+	"mesh/derp/relay"
+	"mesh/identity"
+)
+
+const (
+	// DefaultListen is where control and relay listen unless told otherwise.
+	DefaultListen = "127.0.0.1:8080"
+	// DefaultSTUNPort is where STUN listens, on the host of DefaultListen.
+	DefaultSTUNPort = 3478
+	// SocketName is the unix socket for administrators, in the data directory.
+	SocketName = "mesh.sock"
+
+	databaseName   = "mesh.db"
+	embeddedRegion = 900
+	// maxSocketPath is what the shortest systems allow for a unix socket.
+	maxSocketPath = 103
+)
+
+// Config says what Start starts. The zero value, with DataDir set, is usable.
+type Config struct {
+	DataDir string // database, keys and the administrators' socket; made if missing
+	Listen  string // TCP address of control and relay; "" = DefaultListen
+	STUN    string // UDP address of STUN; "" = Listen's host and DefaultSTUNPort, "off" = none
+	// URL is how nodes reach Listen; "" is derived from Listen.
+	URL        string
+	Domain     string // suffix of the nodes' names; "" = "mesh.internal"
+	PolicyFile string // policy to put in force if it differs; "" = the stored one
+	NoRelay    bool   // run no relay; another must announce itself
+	// TLSCert and TLSKey are PEM files. With them everything is TLS; without,
+	// control is plain HTTP (the protocol inside is encrypted) and the relay
+	// has a certificate of its own, which nodes pin.
+	TLSCert, TLSKey string
+	Logger          *zap.Logger // nil = silent
+
+	// OfflineGrace and EphemeralTimeout are server.Config's, for tests.
+	OfflineGrace, EphemeralTimeout time.Duration
+}
+
+// Host is a running set of servers.
+type Host struct {
+	cfg    Config
+	log    *zap.Logger
+	url    string
+	socket string
+	store  *store.SQLite
+	server *server.Server
+	relay  *relay.Server // nil with NoRelay
+
+	closers  []func() // in order of starting; Close runs them in reverse
+	wg       sync.WaitGroup
+	failed   chan error // the first listener that broke; buffered
+	closing  chan struct{}
+	shutdown sync.Once
+}
+
+// Start opens the data directory, starts the servers and returns when they
+// accept connections.
+func Start(cfg Config) (_ *Host, err error) {
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	if cfg.Listen == "" {
+		cfg.Listen = DefaultListen
+	}
+	h := &Host{cfg: cfg, log: cfg.Logger, failed: make(chan error, 1), closing: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	if cfg.DataDir == "" {
+		return nil, errors.New("no data directory")
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	h.socket = filepath.Join(cfg.DataDir, SocketName)
+	if len(h.socket) > maxSocketPath {
+		return nil, fmt.Errorf("data directory %s: its path is too long for a unix socket in it", cfg.DataDir)
+	}
+	// The database's lock makes sure that nobody else serves this directory.
+	h.store, err = store.OpenSQLite(context.Background(), filepath.Join(cfg.DataDir, databaseName))
+	if err != nil {
+		return nil, err
+	}
+	h.onClose(func() { h.store.Close() })
+
+	ln, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen for nodes: %w", err)
+	}
+	h.onClose(func() { ln.Close() })
+	if h.url, err = publicURL(cfg.URL, ln.Addr(), cfg.TLSCert != ""); err != nil {
+		return nil, err
+	}
+	var stun *stunServer
+	if cfg.STUN != "off" && !cfg.NoRelay {
+		if stun, err = startSTUN(cfg.STUN, cfg.Listen, h.log, func(err error) { h.fail("", err) }); err != nil {
+			return nil, err
+		}
+		h.onClose(stun.close)
+	}
+	tlsConf, region, err := h.makeRelay(stun.port())
+	if err != nil {
+		return nil, err
+	}
+	derpMap := &wire.DERPMap{OmitDefaultRegions: true, Regions: map[int]*wire.DERPRegion{}}
+	if region != nil {
+		derpMap.Regions[region.RegionID] = region
+	}
+	h.server, err = server.New(server.Config{
+		Store:            h.store,
+		Domain:           cfg.Domain,
+		BaseURL:          h.url,
+		DERPMap:          derpMap,
+		OfflineGrace:     cfg.OfflineGrace,
+		EphemeralTimeout: cfg.EphemeralTimeout,
+		Logger:           cfg.Logger,
+	})
+	if err != nil {
+		return nil, err
+	}
+	h.onClose(func() { h.server.Close() })
+	if h.relay != nil {
+		cancel := h.server.Subscribe(func(_, removed []identity.NodePublic) { h.relay.Revoke(removed...) })
+		h.onClose(cancel)
+	}
+	if err := h.loadPolicy(); err != nil {
+		return nil, err
+	}
+	h.serve(ln, tlsConf)
+	if err := h.serveAdmin(); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// URL is how nodes reach the control server.
+func (h *Host) URL() string { return h.url }
+
+// Key is the control server's key, which nodes may pin.
+func (h *Host) Key() identity.MachinePublic { return h.server.Key() }
+
+// Socket is the path of the administrators' unix socket.
+func (h *Host) Socket() string { return h.socket }
+
+// Server is the coordination server.
+func (h *Host) Server() *server.Server { return h.server }
+
+// Failed gives an error when a listener broke by itself.
+func (h *Host) Failed() <-chan error { return h.failed }
+
+func (h *Host) onClose(f func()) { h.closers = append(h.closers, f) }
+
+// Close ends all connections and waits until nothing is left running.
+func (h *Host) Close() error {
+	h.shutdown.Do(func() {
+		close(h.closing)
+		for i := len(h.closers) - 1; i >= 0; i-- {
+			h.closers[i]()
+		}
+		h.wg.Wait()
+	})
+	return nil
+}
+
+// fail notes the first listener that broke while nobody was closing.
+func (h *Host) fail(what string, err error) {
+	select {
+	case <-h.closing:
+		return
+	default:
+	}
+	if err == nil || errors.Is(err, net.ErrClosed) || errors.Is(err, http.ErrServerClosed) {
+		return
+	}
+	if what != "" {
+		err = fmt.Errorf("%s: %w", what, err)
+	}
+	select {
+	case h.failed <- err:
+	default:
+	}
+}
+
+// loadPolicy puts the policy file in force unless it already is.
+func (h *Host) loadPolicy() error {
+	if h.cfg.PolicyFile == "" {
+		return nil
+	}
+	text, err := readLimited(h.cfg.PolicyFile, maxPolicyFile)
+	if err != nil {
+		return fmt.Errorf("policy: %w", err)
+	}
+	ctx := context.Background()
+	if p, err := h.store.Policy(ctx); err == nil && p.Text == string(text) {
+		return nil
+	}
+	if _, err := h.server.SetPolicy(ctx, "file "+h.cfg.PolicyFile, string(text), -1); err != nil {
+		return fmt.Errorf("policy %s: %w", h.cfg.PolicyFile, err)
+	}
+	return nil
+}
+
+const maxPolicyFile = 16 << 20
+
+func readLimited(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return b, nil
+}
+
+// serve answers on the one TCP port. With certificate files everything is TLS
+// and told apart by path; without, the first byte tells TLS, which is for the
+// relay, from plain HTTP, which is for control.
+func (h *Host) serve(ln net.Listener, tlsConf *tls.Config) {
+	control := h.server.Handler()
+	if h.cfg.TLSCert != "" {
+		mux := http.NewServeMux()
+		mux.Handle("/", control)
+		if h.relay != nil {
+			relayHandler := h.relay.Handler()
+			for _, p := range []string{"/derp", "/derp/", "/generate_204"} {
+				mux.Handle(p, relayHandler)
+			}
+		}
+		h.serveHTTP("control", tls.NewListener(ln, tlsConf), mux)
+		return
+	}
+	s := newSplitter(ln)
+	h.wg.Go(func() { h.fail("accept connections", s.run()) })
+	h.onClose(s.Close)
+	h.serveHTTP("control", s.plain, control)
+	if h.relay == nil {
+		s.tls.Close()
+		return
+	}
+	h.wg.Go(func() { h.fail("relay", h.relay.Serve(s.tls, tlsConf)) })
+}
+
+func (h *Host) serveHTTP(what string, ln net.Listener, handler http.Handler) {
+	srv := server.HTTPServer(handler)
+	// Strangers' mistakes are not worth more than debug level.
+	srv.ErrorLog = log.New(debugWriter{h.log}, "", 0)
+	h.wg.Go(func() { h.fail(what, srv.Serve(ln)) })
+	h.onClose(func() { srv.Close() })
+}
+
+type debugWriter struct{ log *zap.Logger }
+
+func (w debugWriter) Write(b []byte) (int, error) {
+	w.log.Debug("http server", zap.ByteString("text", b))
+	return len(b), nil
+}
+
+// serveAdmin opens the unix socket for administrators; the permissions of
+// socket and directory are the authentication.
+func (h *Host) serveAdmin() error {
+	// Nobody else serves this directory, so a socket that is there is a
+	// leftover.
+	if err := os.Remove(h.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("administrators' socket: %w", err)
+	}
+	ln, err := net.Listen("unix", h.socket)
+	if err != nil {
+		return fmt.Errorf("administrators' socket: %w", err)
+	}
+	if err := os.Chmod(h.socket, 0o600); err != nil {
+		ln.Close()
+		return fmt.Errorf("administrators' socket: %w", err)
+	}
+	h.serveHTTP("administrators' socket", ln, h.server.AdminHandler())
+	return nil
+}
+
+// publicURL is how nodes reach the listener at addr.
+func publicURL(given string, addr net.Addr, tls bool) (string, error) {
+	if given != "" {
+		u, err := url.Parse(given)
+		if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+			return "", fmt.Errorf("URL %q: want http://HOST[:PORT] or https://HOST[:PORT]", given)
+		}
+		return u.Scheme + "://" + u.Host, nil
+	}
+	ap := addr.(*net.TCPAddr).AddrPort()
+	ip := ap.Addr().Unmap()
+	if ip.IsUnspecified() {
+		return "", fmt.Errorf("nodes need a URL: listening on all addresses (%s) does not say which one they reach; give --url", addr)
+	}
+	scheme := "http"
+	if tls {
+		scheme = "https"
+	}
+	return scheme + "://" + netip.AddrPortFrom(ip, ap.Port()).String(), nil
+}
+
+// hostOf returns host and port of a URL made by publicURL.
+func hostOf(public string) (host string, port int) {
+	u, err := url.Parse(public)
+	if err != nil {
+		return "", 0
+	}
+	port, _ = strconv.Atoi(u.Port())
+	if port == 0 {
+		port = map[string]int{"http": 80, "https": 443}[u.Scheme]
+	}
+	return u.Hostname(), port
+}

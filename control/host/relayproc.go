@@ -1,0 +1,312 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"go.uber.org/zap"
+
+	"mesh/control"
+	"mesh/control/wire"
+	"mesh/derp/relay"
+	"mesh/identity"
+	"mesh/internal/backoff"
+)
+
+// RelayConfig says what StartRelay starts.
+type RelayConfig struct {
+	DataDir    string // keys and the cached members; made if missing
+	Listen     string // TCP address of the relay; required
+	STUN       string // UDP address of STUN; "" = Listen's host and DefaultSTUNPort, "off" = none
+	Host       string // name or address at which nodes reach Listen; "" = Listen's
+	ControlURL string
+	ControlKey identity.MachinePublic // pin, zero = none
+	RelayKey   string                 // secret from `mesh key create --relay`
+	Region     int                    // 1–65535; 0 = 901
+	RegionName string                 // "" = "relay REGION"
+	// TLSCert and TLSKey are PEM files; without them the relay makes a
+	// certificate, which nodes pin.
+	TLSCert, TLSKey string
+	Logger          *zap.Logger // nil = silent
+}
+
+// Relay is a relay process. It admits the members that the control server
+// names, remembers them on disk and goes on with what it knows while the
+// control server is away. It never admits whom it does not know.
+type Relay struct {
+	cfg    RelayConfig
+	log    *zap.Logger
+	relay  *relay.Server
+	files  *identity.FileStore
+	client *control.Client
+	region *wire.DERPRegion
+	key    identity.NodePublic
+
+	mu      sync.Mutex // guards members
+	members map[identity.NodePublic]struct{}
+
+	stun      *stunServer // nil if off
+	ctx       context.Context
+	cancel    context.CancelFunc
+	wg        sync.WaitGroup
+	failed    chan error
+	announced chan struct{} // closed when the control server first named the members
+	shutdown  sync.Once
+}
+
+const membersName = "members.json"
+
+// StartRelay opens the data directory and the sockets and returns. Whether
+// the control server accepts the relay, Announced and Failed tell.
+func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	if cfg.Region == 0 {
+		cfg.Region = embeddedRegion + 1
+	}
+	if cfg.RegionName == "" {
+		cfg.RegionName = fmt.Sprintf("relay %d", cfg.Region)
+	}
+	r := &Relay{
+		cfg:       cfg,
+		log:       cfg.Logger,
+		members:   map[identity.NodePublic]struct{}{},
+		failed:    make(chan error, 1),
+		announced: make(chan struct{}),
+	}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			r.Close()
+		}
+	}()
+	if cfg.DataDir == "" {
+		return nil, errors.New("no data directory")
+	}
+	ln, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen for nodes: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			ln.Close()
+		}
+	}()
+	addr := ln.Addr().(*net.TCPAddr).AddrPort()
+	name := cfg.Host
+	if name == "" {
+		if addr.Addr().IsUnspecified() {
+			return nil, fmt.Errorf("nodes need to know where the relay is: listening on all addresses (%s) does not say; give --host", addr)
+		}
+		name = addr.Addr().Unmap().String()
+	}
+	id, err := relayIdentityIn(cfg.DataDir, name, cfg.TLSCert, cfg.TLSKey)
+	if err != nil {
+		return nil, err
+	}
+	r.key = id.key.Public()
+	if r.files, err = openFiles(cfg.DataDir); err != nil {
+		return nil, err
+	}
+	r.loadMembers()
+	if cfg.STUN != "off" {
+		if r.stun, err = startSTUN(cfg.STUN, cfg.Listen, r.log, r.fail); err != nil {
+			return nil, err
+		}
+	}
+	r.region = newRegion(cfg.Region, fmt.Sprintf("r%d", cfg.Region), cfg.RegionName, name, int(addr.Port()), r.stun.port(), id.pin)
+	machine, err := machineKeyIn(r.files)
+	if err != nil {
+		return nil, err
+	}
+	r.client, err = control.New(control.Config{URL: cfg.ControlURL, ServerKey: cfg.ControlKey, Machine: machine, Logger: r.log})
+	if err != nil {
+		return nil, err
+	}
+	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log})
+	r.wg.Go(func() {
+		if err := r.relay.Serve(ln, relay.TLSConfig(id.cert, r.relay)); err != nil && r.ctx.Err() == nil {
+			r.fail(fmt.Errorf("relay: %w", err))
+		}
+	})
+	r.wg.Go(r.follow)
+	return r, nil
+}
+
+// Announced is closed when the control server has accepted the relay.
+func (r *Relay) Announced() <-chan struct{} { return r.announced }
+
+// Failed gives an error when the relay cannot go on, such as a refused key.
+func (r *Relay) Failed() <-chan error { return r.failed }
+
+// Addr is where nodes reach the relay.
+func (r *Relay) Addr() string {
+	n := r.region.Nodes[0]
+	return net.JoinHostPort(n.HostName, fmt.Sprint(n.DERPPort))
+}
+
+// Members is how many nodes the relay admits.
+func (r *Relay) Members() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.members)
+}
+
+func (r *Relay) fail(err error) {
+	select {
+	case r.failed <- err:
+	default:
+	}
+}
+
+// Close ends all connections and waits until nothing is left running.
+func (r *Relay) Close() error {
+	r.shutdown.Do(func() {
+		r.cancel()
+		r.stun.close()
+		if r.relay != nil {
+			r.relay.Close()
+		}
+		r.wg.Wait()
+		if r.client != nil {
+			r.client.Close()
+		}
+		if r.files != nil {
+			r.files.Close()
+		}
+	})
+	return nil
+}
+
+func (r *Relay) admit(_ context.Context, key identity.NodePublic, _ netip.Addr) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.members[key]; !ok {
+		return errNotMember
+	}
+	return nil
+}
+
+// follow keeps the list of members, for ever.
+func (r *Relay) follow() {
+	var b backoff.Backoff
+	var first sync.Once
+	for r.ctx.Err() == nil {
+		err := r.client.Relay(r.ctx, wire.RelayRequest{
+			Version:  wire.CapabilityVersion,
+			RelayKey: r.cfg.RelayKey,
+			NodeKey:  r.key,
+			Region:   r.region,
+		}, func(u *wire.RelayUpdate) error {
+			b.Reset()
+			if u.KeepAlive {
+				return nil
+			}
+			r.update(u)
+			first.Do(func() { close(r.announced) })
+			return nil
+		})
+		if r.ctx.Err() != nil {
+			return
+		}
+		if code := wire.CodeOf(err); code != "" {
+			// Those that were admitted stay; the operator must act.
+			r.log.Error("the control server refuses this relay", zap.Error(err))
+			r.fail(err)
+		} else {
+			r.log.Info("no control server, going on with the known members", zap.Error(err), zap.Int("members", r.Members()))
+		}
+		if b.Wait(r.ctx, 0, nil, nil) != nil {
+			return
+		}
+	}
+}
+
+// update takes what the control server says: who comes is admitted, who goes
+// is cut at once, and all is remembered.
+func (r *Relay) update(u *wire.RelayUpdate) {
+	r.mu.Lock()
+	var gone []identity.NodePublic
+	if u.Full {
+		next := make(map[identity.NodePublic]struct{}, len(u.Members))
+		for _, k := range u.Members {
+			next[k] = struct{}{}
+		}
+		for k := range r.members {
+			if _, stays := next[k]; !stays {
+				gone = append(gone, k)
+			}
+		}
+		r.members = next
+	} else {
+		for _, k := range u.Members {
+			r.members[k] = struct{}{}
+		}
+		for _, k := range u.Removed {
+			if _, ok := r.members[k]; ok {
+				delete(r.members, k)
+				gone = append(gone, k)
+			}
+		}
+	}
+	all := make([]string, 0, len(r.members))
+	for k := range r.members {
+		all = append(all, k.String())
+	}
+	r.mu.Unlock()
+	r.relay.Revoke(gone...)
+	slices.Sort(all)
+	b, err := json.Marshal(all)
+	if err == nil {
+		err = r.files.Write(membersName, b)
+	}
+	if err != nil {
+		r.log.Warn("the members could not be saved; after a restart without control server the relay admits older ones", zap.Error(err))
+	}
+}
+
+// loadMembers reads who was a member when the relay last heard of it.
+func (r *Relay) loadMembers() {
+	b, err := r.files.Read(membersName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	var keys []identity.NodePublic
+	if err == nil {
+		err = json.Unmarshal(b, &keys)
+	}
+	if err != nil {
+		r.log.Warn("the saved members are of no use; waiting for the control server", zap.Error(err))
+		return
+	}
+	for _, k := range keys {
+		r.members[k] = struct{}{}
+	}
+}
+
+func machineKeyIn(files *identity.FileStore) (identity.MachinePrivate, error) {
+	b, err := files.Read("machine.key")
+	if errors.Is(err, fs.ErrNotExist) {
+		k := identity.NewMachine()
+		return k, files.Write("machine.key", []byte(k.Secret()))
+	}
+	if err != nil {
+		return identity.MachinePrivate{}, err
+	}
+	return identity.ParseMachinePrivate(string(b))
+}
+
+// openFiles opens the small files of a server's data directory. They lie in a
+// folder of their own, whose lock is not the database's.
+func openFiles(dir string) (*identity.FileStore, error) {
+	return identity.OpenFileStore(filepath.Join(dir, "keys"))
+}

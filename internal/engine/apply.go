@@ -1,0 +1,178 @@
+package engine
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"mesh/identity"
+	"mesh/internal/filter"
+	"mesh/internal/netmap"
+)
+
+// Apply puts a snapshot in force; d is what differs from the one before. When
+// it returns, packets are judged by the new one alone and connections that it
+// no longer allows are reset.
+//
+// The order matters: addresses that change hands are blocked first, so that the
+// old holder never has the new holder's permissions, nor the other way round;
+// resets are sent while there still is a tunnel to send them through.
+func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
+	e.applying.Lock()
+	defer e.applying.Unlock()
+
+	// What happens to peers.
+	keys := make([]identity.NodePublic, 0, len(d.Added)+len(d.Changed)+len(d.Removed))
+	var moving []netip.Prefix            // addresses that leave their holder
+	var cut []cutOff                     // whose flows end
+	var rekeyed [][2]identity.NodePublic // a peer's old and new key
+	for _, p := range d.Removed {
+		keys = append(keys, p.Key)
+		moving = append(moving, p.AllowedIPs...)
+		cut = append(cut, cutOff{p, "it has left the mesh or may no longer be reached"})
+	}
+	for _, c := range d.Changed {
+		keys = append(keys, c.New.Key)
+		if c.Old.Key != c.New.Key {
+			keys = append(keys, c.Old.Key)
+			rekeyed = append(rekeyed, [2]identity.NodePublic{c.Old.Key, c.New.Key})
+		}
+		for _, p := range c.Old.AllowedIPs {
+			if !slices.Contains(c.New.AllowedIPs, p) {
+				moving = append(moving, p)
+			}
+		}
+		if why := lessThanBefore(c); why != "" {
+			cut = append(cut, cutOff{c.Old, why})
+		}
+	}
+	for _, p := range d.Added {
+		keys = append(keys, p.Key)
+	}
+
+	if len(moving) > 0 {
+		e.blocked.Store(&moving)
+		e.barrier()
+	}
+
+	var errs []error
+	if d.Full || d.Self {
+		if err := e.link.SetAddrs(ownAddrs(m)); err != nil {
+			errs = append(errs, fmt.Errorf("set own addresses: %w", err))
+		}
+	}
+	var refused []filter.Flow
+	if d.Full || d.Self || d.Filter || d.Policy {
+		rules, err := filter.Compile(m.Filter(), m.PolicyVersion(), ownPrefixes(m))
+		if err != nil {
+			// A filter that cannot be understood lets nothing in.
+			errs = append(errs, fmt.Errorf("packet filter refused, nothing is let in: %w", err))
+			rules = nil
+		} else if s := rules.Skipped(); len(s) > 0 {
+			e.log.Warn("parts of the packet filter are not understood and allow nothing", zap.Strings("parts", s))
+		}
+		refused = e.filter.Swap(rules)
+	}
+	for _, k := range rekeyed {
+		e.filter.Rekey(k[0], k[1])
+	}
+	e.reset(m, refused, cut)
+
+	e.current.Store(m)
+	e.barrier()
+	e.tunnel.Update(keys)
+	e.path.Update(keys)
+	if d.Full || d.Relays {
+		e.path.SetRelays(m.DERPMap())
+	}
+	e.blocked.Store(nil)
+	if len(errs) > 0 {
+		return errs[0]
+	}
+	return nil
+}
+
+// barrier waits until no batch is judged by what was in force before.
+func (e *Engine) barrier() {
+	e.judging.Lock()
+	//lint:ignore SA2001 the empty section is the barrier
+	e.judging.Unlock()
+}
+
+// cutOff is a peer whose connections end.
+type cutOff struct {
+	peer *netmap.Peer
+	why  string
+}
+
+// lessThanBefore says why connections that a peer opened as what it was must
+// not live on as what it is; "" if they may.
+func lessThanBefore(c netmap.Change) string {
+	if c.Old.User != c.New.User {
+		return "it changed its owner"
+	}
+	for _, t := range c.Old.Tags {
+		if !slices.Contains(c.New.Tags, t) {
+			return "it lost " + t
+		}
+	}
+	if c.New.Expired && !c.Old.Expired {
+		return "its key expired"
+	}
+	return ""
+}
+
+// reset cuts flows that the new filter refused and all flows of cut-off peers.
+func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
+	old := e.Map()
+	type flowKey struct {
+		proto         uint8
+		local, remote netip.AddrPort
+	}
+	byPeer := map[identity.NodePublic]map[flowKey]bool{}
+	for _, f := range refused {
+		if byPeer[f.Peer] == nil {
+			byPeer[f.Peer] = map[flowKey]bool{}
+		}
+		byPeer[f.Peer][flowKey{f.Proto, f.Local, f.Remote}] = true
+	}
+	for key, flows := range byPeer {
+		err := &RevokedError{Policy: next.PolicyVersion(), Reason: "the policy no longer allows it"}
+		if p, ok := old.Peer(key); ok {
+			err.Peer = old.Identity(p)
+		}
+		e.link.Abort(func(proto uint8, local, remote netip.AddrPort) bool {
+			return flows[flowKey{proto, local, remote}]
+		}, err)
+	}
+	for _, c := range cut {
+		e.filter.Forget(c.peer.Key)
+		err := &RevokedError{Peer: old.Identity(c.peer), Policy: next.PolicyVersion(), Reason: c.why}
+		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
+			return contains(c.peer.AllowedIPs, remote.Addr())
+		}, err)
+	}
+}
+
+// CutAll ends every connection with err: this node is no longer of the mesh.
+func (e *Engine) CutAll(err error) {
+	e.filter.Swap(nil)
+	e.link.Abort(func(uint8, netip.AddrPort, netip.AddrPort) bool { return true }, err)
+}
+
+func ownPrefixes(m *netmap.Map) []netip.Prefix {
+	if m.Self() == nil {
+		return nil
+	}
+	return m.Self().Addresses
+}
+
+func ownAddrs(m *netmap.Map) []netip.Addr {
+	var out []netip.Addr
+	for _, p := range ownPrefixes(m) {
+		out = append(out, p.Addr())
+	}
+	return out
+}

@@ -1,0 +1,201 @@
+// Package engine is the data plane of one node: it wires path (ciphertext to
+// and from peers), tunnel (WireGuard) and filter (policy) around the packet
+// side of a network stack, and applies netmap snapshots to all of them.
+//
+// Out: stack → Engine.Out (which peer? note the flow) → tunnel → path.
+// In: path → tunnel → Engine.deliver (whose address? allowed?) → stack.
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"go.uber.org/zap"
+	"golang.org/x/time/rate"
+
+	"mesh/identity"
+	"mesh/internal/filter"
+	"mesh/internal/netmap"
+	"mesh/internal/path"
+	"mesh/internal/tunnel"
+)
+
+// Link is the packet side of a network stack. Its methods may be called from
+// many goroutines at once.
+type Link interface {
+	// In takes packets for the stack; the slices are lent for the call.
+	In(packets [][]byte)
+	// SetAddrs replaces the stack's own addresses.
+	SetAddrs(addrs []netip.Addr) error
+	// Reject makes a pending dial or a connected UDP socket on that 5-tuple
+	// fail with err, and reports whether there was one.
+	Reject(proto uint8, local, remote netip.AddrPort, err error) bool
+	// Abort resets the connections that match, which then fail with err.
+	Abort(match func(proto uint8, local, remote netip.AddrPort) bool, err error) int
+}
+
+// Config is what an Engine is made from.
+type Config struct {
+	Key   identity.NodePrivate
+	Disco identity.DiscoPrivate
+	Link  Link
+
+	// Port is the UDP port, 0 for any.
+	Port uint16
+	// RelayOnly keeps all traffic on relays.
+	RelayOnly bool
+	// LoopbackEndpoints also advertises loopback addresses to peers.
+	LoopbackEndpoints bool
+	// ListenUDP and DialTCP obtain sockets; nil is the host's network.
+	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
+	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Report is told when what control should know of this node's network
+	// changes.
+	Report func(path.Report)
+	// Logger nil is silent.
+	Logger *zap.Logger
+}
+
+// Engine is the running data plane. Close it to free its sockets and
+// goroutines.
+type Engine struct {
+	link   Link
+	log    *zap.Logger
+	self   identity.NodePublic
+	path   *path.Path
+	tunnel *tunnel.Tunnel
+	filter *filter.Filter
+
+	current atomic.Pointer[netmap.Map]
+
+	// judging is held for reading while a batch is judged and for writing
+	// for a moment by Apply, as a barrier between two states of the filter.
+	judging sync.RWMutex
+	// blocked holds addresses that are changing hands while Apply runs.
+	blocked atomic.Pointer[[]netip.Prefix]
+
+	applying sync.Mutex // serialises Apply
+
+	rejections *rate.Limiter // bounds the rejections sent to peers
+	scratch    sync.Pool     // *[][]byte for batches
+	counts     counters
+	closed     atomic.Bool
+}
+
+// New opens the sockets and starts the data plane, with no peers. Until the
+// first Apply nothing gets in or out.
+func New(c Config) (*Engine, error) {
+	if c.Logger == nil {
+		c.Logger = zap.NewNop()
+	}
+	e := &Engine{
+		link:       c.Link,
+		log:        c.Logger,
+		self:       c.Key.Public(),
+		filter:     filter.New(filter.Config{}),
+		rejections: rate.NewLimiter(1000, 200),
+	}
+	e.scratch.New = func() any { s := make([][]byte, 0, 64); return &s }
+	e.current.Store(new(netmap.Map))
+
+	started := make(chan struct{})
+	defer close(started)
+	var err error
+	e.tunnel, err = tunnel.New(tunnel.Config{
+		Key:    c.Key,
+		Lookup: e.lookupTunnel,
+		Send: func(peer identity.NodePublic, hint netip.AddrPort, datagrams [][]byte) error {
+			return e.path.Send(peer, hint, datagrams)
+		},
+		Deliver: e.deliver,
+		Authenticated: func(peer identity.NodePublic, src tunnel.Source) {
+			e.path.Authenticated(peer, path.Source(src))
+		},
+		Logger: c.Logger,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start tunnel: %w", err)
+	}
+	e.path, err = path.New(path.Config{
+		Key:         c.Key,
+		Disco:       c.Disco,
+		Port:        c.Port,
+		Lookup:      e.lookupPath,
+		LookupDisco: e.lookupDisco,
+		Receive: func(src path.Source, datagrams [][]byte) {
+			<-started // so that whatever answers finds e.path
+			e.tunnel.Receive(tunnel.Source(src), datagrams)
+		},
+		Report:            c.Report,
+		ListenUDP:         c.ListenUDP,
+		DialTCP:           c.DialTCP,
+		RelayOnly:         c.RelayOnly,
+		LoopbackEndpoints: c.LoopbackEndpoints,
+		Logger:            c.Logger,
+	})
+	if err != nil {
+		e.tunnel.Close()
+		return nil, fmt.Errorf("open sockets: %w", err)
+	}
+	return e, nil
+}
+
+// Close stops everything. It returns when all goroutines have ended.
+func (e *Engine) Close() error {
+	if e.closed.Swap(true) {
+		return nil
+	}
+	err := e.tunnel.Close()
+	return errors.Join(err, e.path.Close())
+}
+
+// Map returns the snapshot in force. It is never nil and never changes.
+func (e *Engine) Map() *netmap.Map { return e.current.Load() }
+
+// Ready waits until peers could reach this node: its home relay is connected
+// or its UDP endpoints are known.
+func (e *Engine) Ready(ctx context.Context) error { return e.path.Ready(ctx) }
+
+// HomeRegion is the relay region at which peers find this node, 0 for none.
+func (e *Engine) HomeRegion() int { return e.path.HomeRegion() }
+
+// PathTo tells how packets to a peer travel at present.
+func (e *Engine) PathTo(peer identity.NodePublic) path.PeerStatus { return e.path.Status(peer) }
+
+// Admitted tells which peer and rule let an inbound flow in.
+func (e *Engine) Admitted(proto uint8, local, remote netip.AddrPort) (identity.NodePublic, identity.Rule, bool) {
+	return e.filter.Origin(filter.Flow{Proto: proto, Local: local, Remote: remote})
+}
+
+func (e *Engine) lookupTunnel(k identity.NodePublic) (tunnel.Peer, bool) {
+	p, ok := e.Map().Peer(k)
+	if !ok {
+		return tunnel.Peer{}, false
+	}
+	return tunnel.Peer{Key: k, AllowedIPs: p.AllowedIPs}, true
+}
+
+func (e *Engine) lookupPath(k identity.NodePublic) (path.Peer, bool) {
+	p, ok := e.Map().Peer(k)
+	if !ok {
+		return path.Peer{}, false
+	}
+	return pathPeer(p), true
+}
+
+func (e *Engine) lookupDisco(d identity.DiscoPublic) []path.Peer {
+	var out []path.Peer
+	for _, p := range e.Map().PeersByDisco(d) {
+		out = append(out, pathPeer(p))
+	}
+	return out
+}
+
+func pathPeer(p *netmap.Peer) path.Peer {
+	return path.Peer{Key: p.Key, Disco: p.DiscoKey, Endpoints: p.Endpoints, HomeRegion: p.HomeDERP}
+}

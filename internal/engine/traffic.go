@@ -1,0 +1,203 @@
+package engine
+
+import (
+	"net/netip"
+	"sync/atomic"
+
+	"mesh/identity"
+	"mesh/internal/filter"
+)
+
+// counters count packets that went nowhere.
+type counters struct {
+	malformed, noPeer, spoofed, blocked atomic.Uint64
+}
+
+// Dropped counts packets that were dropped, by cause.
+type Dropped struct {
+	Malformed uint64 // not an IP packet that we understand
+	NoPeer    uint64 // to an address that no peer has
+	Spoofed   uint64 // from an address that is not the sender's
+	Filtered  uint64 // not allowed in
+	Rejected  uint64 // not allowed in, and the sender was told
+}
+
+// Dropped returns the counts since the start.
+func (e *Engine) Dropped() Dropped {
+	s := e.filter.Stats()
+	return Dropped{
+		Malformed: e.counts.malformed.Load(),
+		NoPeer:    e.counts.noPeer.Load(),
+		Spoofed:   e.counts.spoofed.Load() + e.counts.blocked.Load(),
+		Filtered:  s.Dropped,
+		Rejected:  s.Rejected,
+	}
+}
+
+// Out takes packets from the stack and sends each to the peer that has its
+// destination address. The slices are lent for the call. It may wait for room,
+// but never for the stack.
+func (e *Engine) Out(packets [][]byte) {
+	m := e.Map()
+	var (
+		pkt     filter.Packet
+		dst     netip.Addr // of the run of packets under way
+		to      identity.NodePublic
+		known   bool
+		start   int // first packet of the run
+		sending bool
+	)
+	flush := func(end int) {
+		if sending && end > start {
+			// An error means the peer has gone or we are closing: the
+			// stack learns it by silence or by Abort.
+			_ = e.tunnel.Send(to, packets[start:end])
+		}
+		sending = false
+	}
+	for i, b := range packets {
+		if err := pkt.Decode(b); err != nil {
+			e.counts.malformed.Add(1)
+			flush(i)
+			continue
+		}
+		if a := pkt.Dst.Addr(); a != dst {
+			flush(i)
+			dst = a
+			p, ok := m.PeerByAddr(a)
+			if known = ok; ok {
+				to = p.Key
+			}
+		}
+		if !known {
+			e.counts.noPeer.Add(1)
+			continue
+		}
+		if !e.filter.Out(&pkt, to) {
+			flush(i)
+			continue
+		}
+		if !sending {
+			sending, start = true, i
+		}
+	}
+	flush(len(packets))
+}
+
+// deliver takes decrypted packets of one peer. The slices are lent for the
+// call.
+func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
+	scratch := e.scratch.Get().(*[][]byte)
+	accepted := (*scratch)[:0]
+	var control, rejected [][]byte // rare
+
+	e.judging.RLock()
+	m, blocked := e.Map(), e.blocked.Load()
+	var pkt filter.Packet
+	var src netip.Addr
+	owned := false
+	for _, b := range packets {
+		if len(b) == 0 {
+			continue // a keepalive
+		}
+		if err := pkt.Decode(b); err != nil {
+			e.counts.malformed.Add(1)
+			continue
+		}
+		// The tunnel has checked the source against the peer's addresses as
+		// it knows them; this is the check against the snapshot that the
+		// filter goes with.
+		if a := pkt.Src.Addr(); a != src {
+			src = a
+			p, ok := m.PeerByAddr(a)
+			owned = ok && p.Key == from
+			if owned && blocked != nil && contains(*blocked, a) {
+				owned = false
+				e.counts.blocked.Add(1)
+			}
+		}
+		if !owned {
+			e.counts.spoofed.Add(1)
+			continue
+		}
+		switch e.filter.In(&pkt, from).Action {
+		case filter.Accept:
+			accepted = append(accepted, b)
+		case filter.Reject:
+			if e.rejections.Allow() {
+				rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy))
+			}
+		case filter.Control:
+			control = append(control, b)
+		}
+	}
+	e.judging.RUnlock()
+
+	if len(accepted) > 0 {
+		e.link.In(accepted)
+	}
+	clear(accepted)
+	*scratch = accepted[:0]
+	e.scratch.Put(scratch)
+	if len(rejected) > 0 {
+		_ = e.tunnel.Send(from, rejected)
+	}
+	for _, b := range control {
+		e.control(from, b)
+	}
+}
+
+func contains(list []netip.Prefix, a netip.Addr) bool {
+	for _, p := range list {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// control handles a message between nodes: TSMP, IP protocol 99.
+func (e *Engine) control(from identity.NodePublic, b []byte) {
+	var pkt filter.Packet
+	if pkt.Decode(b) != nil {
+		return
+	}
+	msg, err := filter.ParseTSMP(&pkt)
+	if err != nil {
+		e.counts.malformed.Add(1)
+		return
+	}
+	switch {
+	case msg.Rejected.Proto != 0:
+		e.rejectedBy(from, msg.Rejected)
+	case msg.Ping:
+		pong := filter.AppendPong(nil, pkt.Dst.Addr(), pkt.Src.Addr(), msg.Data, 0)
+		_ = e.tunnel.Send(from, [][]byte{pong})
+	}
+}
+
+// rejectedBy hands a peer's refusal to whoever waits for that connection. It is
+// believed only from the peer that owns the dialled address, and the stack
+// believes it only for a connection that is still pending.
+func (e *Engine) rejectedBy(from identity.NodePublic, r filter.Rejected) {
+	m := e.Map()
+	p, ok := m.PeerByAddr(r.Dst.Addr())
+	if !ok || p.Key != from {
+		e.counts.spoofed.Add(1)
+		return
+	}
+	reason := "not allowed by policy"
+	if r.Reason == filter.RejectedShields {
+		reason = "it accepts no connections at present"
+	}
+	proto := "tcp"
+	if r.Proto == filter.ProtoUDP {
+		proto = "udp"
+	}
+	e.link.Reject(r.Proto, r.Src, r.Dst, &DeniedError{
+		Peer:   m.Identity(p),
+		Proto:  proto,
+		Port:   r.Dst.Port(),
+		Reason: reason,
+	})
+}
