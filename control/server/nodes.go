@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"mesh/control/policy"
 	"mesh/control/store"
 	"mesh/control/wire"
 	"mesh/identity"
@@ -129,8 +130,8 @@ func (r *registry) freeName(base string, id wire.NodeID) string {
 func (s *Server) ownerName(n *store.Node) string { return s.users[n.User].Name }
 
 // policyNode describes a node to the policy. Server.mu is held.
-func (s *Server) policyNode(n *store.Node) policyNode {
-	return policyNode{ID: n.ID, User: s.ownerName(n), Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}}
+func (s *Server) policyNode(n *store.Node) policy.Node {
+	return policy.Node{ID: n.ID, User: s.ownerName(n), Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}}
 }
 
 func wireUser(n *store.Node) wire.UserID {

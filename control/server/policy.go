@@ -4,11 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"time"
 
+	"mesh/control/policy"
 	"mesh/control/store"
-	"mesh/control/wire"
 )
 
 // PolicyState describes the policy in force.
@@ -21,29 +20,11 @@ type PolicyState struct {
 	DenyAll bool
 }
 
-// policyNode is a node as the policy knows it.
-type policyNode struct {
-	ID     wire.NodeID
-	User   string
-	Tags   []string
-	Addrs  []netip.Addr
-	Routes []netip.Prefix
-}
-
-// compiledPolicy is the policy applied to the present nodes. It is guarded by
-// Server.mu.
-type compiledPolicy interface {
-	Filter(wire.NodeID) []wire.FilterRule
-	Visible(wire.NodeID) []wire.NodeID
-	Upsert(policyNode) (affected []wire.NodeID)
-	Remove(wire.NodeID) (affected []wire.NodeID)
-}
-
 // policyState is the newest policy. It is guarded by Server.mu.
 type policyState struct {
 	store.Policy
-	parsed   *parsedPolicy // nil = none
-	compiled compiledPolicy
+	parsed   *policy.Policy // nil = none
+	compiled *policy.Compiled
 }
 
 func (p *policyState) tagOwner(user, tag string) bool {
@@ -64,22 +45,22 @@ func (s *Server) loadPolicy(ctx context.Context) error {
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		s.log.Warn("there is no policy: nobody may talk to anybody; set one with `mesh policy set`")
-		s.policy.compiled = compilePolicy(nil, s.policyNodes())
+		s.policy.compiled = policy.Compile(nil, s.policyNodes())
 		return nil
 	case err != nil:
 		return err
 	}
-	parsed, err := parsePolicy([]byte(p.Text))
+	parsed, err := policy.Parse([]byte(p.Text))
 	if err != nil {
 		return fmt.Errorf("stored policy %d: %w", p.Version, err)
 	}
-	s.policy = policyState{Policy: p, parsed: parsed, compiled: compilePolicy(parsed, s.policyNodes())}
+	s.policy = policyState{Policy: p, parsed: parsed, compiled: policy.Compile(parsed, s.policyNodes())}
 	return nil
 }
 
 // policyNodes describes all nodes. Server.mu is held.
-func (s *Server) policyNodes() []policyNode {
-	nodes := make([]policyNode, 0, len(s.nodes.byID))
+func (s *Server) policyNodes() []policy.Node {
+	nodes := make([]policy.Node, 0, len(s.nodes.byID))
 	for _, n := range s.nodes.byID {
 		nodes = append(nodes, s.policyNode(&n.Node))
 	}
@@ -91,7 +72,7 @@ func (s *Server) policyNodes() []policyNode {
 // version it replaces, or -1 for any; store.ErrConflict says that there is a
 // newer one. Errors of the policy itself match ErrPolicy.
 func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (PolicyState, error) {
-	parsed, err := parsePolicy([]byte(text))
+	parsed, err := policy.Parse([]byte(text))
 	if err != nil {
 		return PolicyState{}, fmt.Errorf("%w: %w", ErrPolicy, err)
 	}
@@ -102,7 +83,12 @@ func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (
 		return PolicyState{}, err
 	}
 	s.mu.Lock()
-	s.policy = policyState{Policy: p, parsed: parsed, compiled: compilePolicy(parsed, s.policyNodes())}
+	nodes := s.policyNodes()
+	s.mu.Unlock()
+	// Nodes come, go and change owner under opMu only: the list stays true.
+	compiled := policy.Compile(parsed, nodes)
+	s.mu.Lock()
+	s.policy = policyState{Policy: p, parsed: parsed, compiled: compiled}
 	for _, n := range s.nodes.byID {
 		if n.stream != nil {
 			n.stream.pending.all, n.stream.pending.filter = true, true

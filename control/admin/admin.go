@@ -1,0 +1,177 @@
+// Package admin is the contract between a control server and those who
+// administer it: the JSON types of its API and a client for it.
+//
+// The API is plain HTTP on a unix socket, whose file permissions are the
+// authentication. Nothing in it ever returns a secret but the call that
+// creates one.
+package admin
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// Host is what requests must name as their host, so that no browser can be
+// made to send one.
+const Host = "mesh-admin"
+
+// MaxBody is the longest request and answer, in bytes.
+const MaxBody = 64 << 20
+
+// MaxPolicy is the longest policy, in bytes.
+const MaxPolicy = 1 << 20
+
+// Errors that Error matches with errors.Is.
+var (
+	ErrNotFound = errors.New("not found")
+	ErrConflict = errors.New("conflict")
+	ErrInvalid  = errors.New("invalid request")
+)
+
+// Error is a refusal of the server.
+type Error struct {
+	Status  int    `json:"-"` // HTTP
+	Message string `json:"error"`
+}
+
+// Error returns the server's text.
+func (e *Error) Error() string { return e.Message }
+
+// Is matches ErrNotFound, ErrConflict and ErrInvalid by status.
+func (e *Error) Is(target error) bool {
+	switch target {
+	case ErrNotFound:
+		return e.Status == 404
+	case ErrConflict:
+		return e.Status == 409
+	case ErrInvalid:
+		return e.Status == 400
+	}
+	return false
+}
+
+// User is a user.
+type User struct {
+	ID      wire.UserID `json:"id"`
+	Name    string      `json:"name"`
+	Role    string      `json:"role"` // "owner" or "member"
+	Created time.Time   `json:"created"`
+	Nodes   int         `json:"nodes"`
+}
+
+// UserCreate is the body of POST /v1/users.
+type UserCreate struct {
+	Name string `json:"name"` // an e-mail address or plain login name
+}
+
+// Key is an enrolment key, without its secret.
+type Key struct {
+	ID        int64     `json:"id"`
+	Kind      string    `json:"kind"` // "auth" for nodes, "relay" for relays
+	User      string    `json:"user,omitempty"`
+	Tags      []string  `json:"tags,omitempty"`
+	Reusable  bool      `json:"reusable"`
+	Ephemeral bool      `json:"ephemeral"`
+	Created   time.Time `json:"created"`
+	Expires   time.Time `json:"expires,omitzero"`
+	Revoked   time.Time `json:"revoked,omitzero"`
+	Used      time.Time `json:"used,omitzero"`
+	State     string    `json:"state"` // "valid", "expired", "revoked" or "used"
+}
+
+// KeyCreate is the body of POST /v1/keys. One of User, Tags and Relay is
+// required, and only one.
+type KeyCreate struct {
+	User      string   `json:"user,omitempty"`
+	Tags      []string `json:"tags,omitempty"` // must be in the policy's tagOwners
+	Relay     bool     `json:"relay,omitempty"`
+	Reusable  bool     `json:"reusable,omitempty"`
+	Ephemeral bool     `json:"ephemeral,omitempty"`
+	// Expires is how long the key is good for; 0 = the server's default of 90
+	// days. For relay keys 0 = for ever.
+	Expires time.Duration `json:"expires,omitempty"`
+}
+
+// NewKey is the answer to KeyCreate: the only time that the secret is shown.
+type NewKey struct {
+	Key
+	Secret string `json:"secret"`
+}
+
+// Node is a registered node.
+type Node struct {
+	ID        wire.NodeID         `json:"id"`
+	StableID  identity.StableID   `json:"stableId"`
+	Name      string              `json:"name"`     // first label
+	FullName  string              `json:"fullName"` // without trailing dot
+	Addresses []netip.Addr        `json:"addresses"`
+	User      string              `json:"user,omitempty"`
+	Tags      []string            `json:"tags,omitempty"`
+	NodeKey   identity.NodePublic `json:"nodeKey"`
+	Online    bool                `json:"online"`
+	LastSeen  time.Time           `json:"lastSeen,omitzero"` // zero while online, or never
+	Ephemeral bool                `json:"ephemeral"`
+	Created   time.Time           `json:"created"`
+	Expires   time.Time           `json:"expires,omitzero"`
+	Expired   bool                `json:"expired"`
+	OS        string              `json:"os,omitempty"`
+	Version   int                 `json:"capabilityVersion,omitempty"`
+	HomeRelay int                 `json:"homeRelay,omitempty"`
+	Endpoints []netip.AddrPort    `json:"endpoints,omitempty"`
+	Peers     []string            `json:"peers,omitempty"` // names of the nodes it may see; only in a single node's answer
+}
+
+// Policy is a version of the policy.
+type Policy struct {
+	Version int64     `json:"version"` // 0 = there is none
+	Text    string    `json:"text"`
+	Author  string    `json:"author,omitempty"`
+	Created time.Time `json:"created,omitzero"`
+	// Warnings are about a policy that is valid but probably not meant so.
+	Warnings []string `json:"warnings,omitempty"`
+}
+
+// PolicySet is the body of PUT /v1/policy and POST /v1/policy/check.
+type PolicySet struct {
+	Text string `json:"text"`
+	// Replaces is the version that the writer has seen; another one in force
+	// is ErrConflict. nil = whatever is in force.
+	Replaces *int64 `json:"replaces,omitempty"`
+}
+
+// Relay is a relay of the relay map.
+type Relay struct {
+	Region    int       `json:"region"`
+	Code      string    `json:"code,omitempty"`
+	Host      string    `json:"host"`
+	BuiltIn   bool      `json:"builtIn"`             // given by the server's configuration
+	Connected bool      `json:"connected,omitempty"` // has its stream of members open
+	Created   time.Time `json:"created,omitzero"`
+}
+
+// Status describes the server.
+type Status struct {
+	URL           string          `json:"url,omitempty"`
+	Domain        string          `json:"domain"`
+	Key           wire.MachineKey `json:"key"` // what nodes may pin
+	Users         int             `json:"users"`
+	Nodes         int             `json:"nodes"`
+	Online        int             `json:"online"`
+	Relays        int             `json:"relays"`
+	PolicyVersion int64           `json:"policyVersion"`
+	DenyAll       bool            `json:"denyAll"` // there is no policy
+}
+
+// AuditEntry records a change.
+type AuditEntry struct {
+	ID     int64     `json:"id"`
+	At     time.Time `json:"at"`
+	Actor  string    `json:"actor"`
+	Action string    `json:"action"`
+	Object string    `json:"object"`
+	Detail string    `json:"detail,omitempty"`
+}

@@ -1,0 +1,170 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+)
+
+// Client talks to the admin API. Its methods may be called concurrently.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// NewClient returns a client for the unix socket at path. It opens connections
+// when they are needed and keeps none.
+func NewClient(path string) *Client {
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+// do sends in as JSON (nil = no body) and decodes the answer into out (nil =
+// ignore it).
+func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return fmt.Errorf("admin request: %w", err)
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+Host+path, body)
+	if err != nil {
+		return fmt.Errorf("admin request: %w", err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) && op.Op == "dial" {
+			return fmt.Errorf("no server answers at %s (is `mesh serve` running with this --data directory?): %w", c.path, op.Err)
+		}
+		return fmt.Errorf("admin request: %w", err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, MaxBody+1))
+	if err != nil {
+		return fmt.Errorf("admin answer: %w", err)
+	}
+	if len(b) > MaxBody {
+		return errors.New("admin answer is too long")
+	}
+	if resp.StatusCode/100 != 2 {
+		e := &Error{Status: resp.StatusCode}
+		if json.Unmarshal(b, e) != nil || e.Message == "" {
+			e.Message = fmt.Sprintf("server answered with HTTP status %d", resp.StatusCode)
+		}
+		return e
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(b, out); err != nil {
+		return fmt.Errorf("admin answer: %w", err)
+	}
+	return nil
+}
+
+func get[T any](ctx context.Context, c *Client, method, path string, in any) (out T, err error) {
+	err = c.do(ctx, method, path, in, &out)
+	return out, err
+}
+
+// Status describes the server.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	return get[Status](ctx, c, "GET", "/v1/status", nil)
+}
+
+// CreateUser adds a user; the first one is owner. ErrConflict: the name is
+// taken.
+func (c *Client) CreateUser(ctx context.Context, name string) (User, error) {
+	return get[User](ctx, c, "POST", "/v1/users", UserCreate{name})
+}
+
+// Users lists all users.
+func (c *Client) Users(ctx context.Context) ([]User, error) {
+	return get[[]User](ctx, c, "GET", "/v1/users", nil)
+}
+
+// RemoveUser removes a user and its keys. ErrConflict: it still has nodes.
+func (c *Client) RemoveUser(ctx context.Context, name string) error {
+	return c.do(ctx, "DELETE", "/v1/users/"+url.PathEscape(name), nil, nil)
+}
+
+// CreateKey makes an enrolment key. Its secret is in the answer and nowhere
+// else.
+func (c *Client) CreateKey(ctx context.Context, k KeyCreate) (NewKey, error) {
+	return get[NewKey](ctx, c, "POST", "/v1/keys", k)
+}
+
+// Keys lists all keys, without secrets.
+func (c *Client) Keys(ctx context.Context) ([]Key, error) {
+	return get[[]Key](ctx, c, "GET", "/v1/keys", nil)
+}
+
+// RevokeKey makes a key useless. Nodes that enrolled with it stay; a relay that
+// uses it is cut off.
+func (c *Client) RevokeKey(ctx context.Context, id int64) (Key, error) {
+	return get[Key](ctx, c, "POST", "/v1/keys/"+strconv.FormatInt(id, 10)+"/revoke", nil)
+}
+
+// Nodes lists all nodes.
+func (c *Client) Nodes(ctx context.Context) ([]Node, error) {
+	return get[[]Node](ctx, c, "GET", "/v1/nodes", nil)
+}
+
+// Node returns the node with the given name, full name, stable ID or mesh
+// address.
+func (c *Client) Node(ctx context.Context, name string) (Node, error) {
+	return get[Node](ctx, c, "GET", "/v1/nodes/"+url.PathEscape(name), nil)
+}
+
+// RemoveNode revokes a node, named as for Node: it is cut off at once and
+// cannot come back without another auth key.
+func (c *Client) RemoveNode(ctx context.Context, name string) error {
+	return c.do(ctx, "DELETE", "/v1/nodes/"+url.PathEscape(name), nil, nil)
+}
+
+// Policy returns the policy in force. Its version is 0 if there is none.
+func (c *Client) Policy(ctx context.Context) (Policy, error) {
+	return get[Policy](ctx, c, "GET", "/v1/policy", nil)
+}
+
+// SetPolicy brings a policy in force. ErrInvalid: it is not a valid one.
+func (c *Client) SetPolicy(ctx context.Context, p PolicySet) (Policy, error) {
+	return get[Policy](ctx, c, "PUT", "/v1/policy", p)
+}
+
+// CheckPolicy checks a policy as SetPolicy does and returns warnings.
+func (c *Client) CheckPolicy(ctx context.Context, text string) ([]string, error) {
+	p, err := get[Policy](ctx, c, "POST", "/v1/policy/check", PolicySet{Text: text})
+	return p.Warnings, err
+}
+
+// Relays lists the relay map.
+func (c *Client) Relays(ctx context.Context) ([]Relay, error) {
+	return get[[]Relay](ctx, c, "GET", "/v1/relays", nil)
+}
+
+// RemoveRelay takes a relay out of the map and cuts it off from its members.
+func (c *Client) RemoveRelay(ctx context.Context, region int) error {
+	return c.do(ctx, "DELETE", "/v1/relays/"+strconv.Itoa(region), nil, nil)
+}
+
+// Audit returns what changed since a time, oldest first.
+func (c *Client) Audit(ctx context.Context, since time.Time) ([]AuditEntry, error) {
+	return get[[]AuditEntry](ctx, c, "GET", "/v1/audit?since="+url.QueryEscape(since.UTC().Format(time.RFC3339Nano)), nil)
+}
