@@ -1,0 +1,208 @@
+// Package policy reads the policy of a mesh and says what it means for each
+// node.
+//
+// A policy is a HuJSON file: JSON with comments and trailing commas. It lists
+// who may reach what; everything else is denied. Known now are "acls",
+// "groups", "tagOwners" and "hosts". Parts of the language that this version
+// does not know yet are errors, never ignored: a policy means all that it says.
+//
+//	{
+//	  "groups":    {"group:ops": ["alice@example.com", "bob@"]},
+//	  "tagOwners": {"tag:db": ["group:ops"]},
+//	  "hosts":     {"printer": "10.0.0.7"},
+//	  "acls": [
+//	    {"action": "accept", "src": ["group:ops"], "dst": ["tag:db:5432", "printer:*"]},
+//	  ],
+//	}
+//
+// Sources are "*" (every node, and what lies behind approved routes), users
+// ("alice@example.com", or "bob@" for the plain login name bob), "group:…",
+// "tag:…", names of "hosts", addresses, networks, "autogroup:member" (nodes
+// of users) and "autogroup:tagged". Destinations are the same with ports, and
+// "autogroup:self": the source user's own nodes. User names are compared
+// without regard to case. A node with tags belongs to nobody: selectors of
+// users do not match it.
+//
+// A file without "acls" allows everything between nodes of the mesh, as this
+// language has it everywhere; "acls": [] denies everything, and so does having no
+// policy at all.
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// ErrUnsupported matches errors about parts of the policy language that exist
+// but are not supported yet.
+var ErrUnsupported = errors.New("not supported yet")
+
+// Error is one complaint about a policy file.
+type Error struct {
+	Line, Column int    // 1-based; columns count characters
+	Msg          string // what is wrong, "unknown member \"acl\""
+	Hint         string // what would be right, or ""
+	unsupported  bool
+}
+
+// Error returns a form like
+//
+//	unknown member "acl" at line 3, column 2: did you mean "acls"?
+func (e *Error) Error() string {
+	s := fmt.Sprintf("%s at line %d, column %d", e.Msg, e.Line, e.Column)
+	if e.Hint != "" {
+		s += ": " + e.Hint
+	}
+	return s
+}
+
+// Is reports whether target is ErrUnsupported and e is of that kind.
+func (e *Error) Is(target error) bool { return target == ErrUnsupported && e.unsupported }
+
+// Policy is a parsed and checked policy. It is immutable.
+type Policy struct {
+	groups    map[string][]userRef // "group:x" → members
+	tagOwners map[string][]*selector
+	acls      []acl
+	users     []namedUser // every mention
+}
+
+// acl is one entry of "acls".
+type acl struct {
+	name   string // "acls[2]"
+	line   int
+	srcs   []*selector
+	dsts   []dest
+	protos []int // nil: the default
+}
+
+type dest struct {
+	sel   *selector
+	ports []portRange
+}
+
+type portRange struct{ first, last uint16 }
+
+// userRef is a user as policies name them: an e-mail address or login name with
+// "@" in lower case, or a plain login name, which was written "bob@".
+type userRef string
+
+type namedUser struct {
+	user         userRef
+	line, column int
+}
+
+// Check reports the users that the policy names but known does not know, each
+// as an *Error. Such a policy is valid (the users may yet come), but a user
+// misspelt is the likeliest mistake.
+func (p *Policy) Check(known func(user string) bool) error {
+	var errs []error
+	seen := make(map[userRef]bool)
+	for _, u := range p.users {
+		if seen[u.user] {
+			continue
+		}
+		seen[u.user] = true
+		if !known(string(u.user)) {
+			errs = append(errs, &Error{Line: u.line, Column: u.column, Msg: fmt.Sprintf("unknown user %q", u.user)})
+			if len(errs) == maxErrors {
+				break
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Tags returns the tags that the policy defines, sorted.
+func (p *Policy) Tags() []string {
+	var tags []string
+	for t := range p.tagOwners {
+		tags = append(tags, t)
+	}
+	slices.Sort(tags)
+	return tags
+}
+
+// HasTag reports whether the policy defines the tag ("tag:…").
+func (p *Policy) HasTag(tag string) bool {
+	_, ok := p.tagOwners[tag]
+	return ok
+}
+
+// TagOwner reports whether user may give its nodes the tag. user is a login
+// name; "tag:…" asks for a node that carries that tag. A tag that the policy
+// does not define has no owners. A user known by a login name and an e-mail
+// address owns what either of them owns.
+func (p *Policy) TagOwner(user, tag string) bool {
+	who := canonicalUser(user)
+	for _, s := range p.tagOwners[tag] {
+		switch s.kind {
+		case kindTag:
+			if s.name == user {
+				return true
+			}
+		case kindUser:
+			if s.name == string(who) {
+				return true
+			}
+		case kindGroup:
+			if slices.Contains(p.groups[s.name], who) {
+				return true
+			}
+		case kindMember:
+			if user != "" && !strings.HasPrefix(user, "tag:") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// GroupsOf returns the groups that a user is a member of, sorted.
+func (p *Policy) GroupsOf(user string) []string {
+	who := canonicalUser(user)
+	var out []string
+	for g, members := range p.groups {
+		if slices.Contains(members, who) {
+			out = append(out, g)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// canonicalUser is the form in which user names are compared. Only ASCII is
+// folded, so that no two letters of other scripts are taken for each other.
+func canonicalUser(user string) userRef {
+	return userRef(strings.Map(func(r rune) rune {
+		if 'A' <= r && r <= 'Z' {
+			return r + 'a' - 'A'
+		}
+		return r
+	}, user))
+}
+
+// kind is the kind of a selector.
+type kind uint8
+
+const (
+	kindAll      kind = iota // "*"
+	kindUser                 // name: the user
+	kindGroup                // name: "group:…"
+	kindTag                  // name: "tag:…"
+	kindMember               // autogroup:member
+	kindTagged               // autogroup:tagged
+	kindSelf                 // autogroup:self, destinations only
+	kindInternet             // autogroup:internet, destinations only
+	kindPrefix               // prefix: an address, network, or host of "hosts"
+)
+
+// selector is a parsed source or destination.
+type selector struct {
+	kind   kind
+	name   string
+	prefix netip.Prefix
+}

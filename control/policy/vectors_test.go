@@ -1,0 +1,292 @@
+package policy
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/tailscale/hujson"
+
+	"mesh/control/wire"
+)
+
+// vector is one case of the shared policy vectors, which live outside the
+// repository.
+type vector struct {
+	ID       string
+	Policy   json.RawMessage
+	Rejected bool
+	Users    []struct{ Name, Email string }
+	Nodes    map[string]struct {
+		User                        string
+		Tags                        []string
+		IPv4, IPv6                  netip.Addr
+		RoutableIPs, ApprovedRoutes []netip.Prefix
+	}
+	Want map[string]struct {
+		Filter []wire.FilterRule
+		Peers  map[string]struct {
+			AllowedIPs    []netip.Prefix `json:"allowed_ips"`
+			PrimaryRoutes []netip.Prefix `json:"primary_routes"`
+		}
+	}
+}
+
+func (v *vector) nodes() ([]Node, map[string]wire.NodeID) {
+	var names []string
+	for name := range v.Nodes {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	ids := make(map[string]wire.NodeID)
+	var out []Node
+	for i, name := range names {
+		n := v.Nodes[name]
+		ids[name] = wire.NodeID(i + 1)
+		c := Node{ID: ids[name], User: n.User, Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}, Routes: n.ApprovedRoutes}
+		for _, u := range v.Users {
+			if u.Name == n.User {
+				c.Email = u.Email
+			}
+		}
+		out = append(out, c)
+	}
+	return out, ids
+}
+
+// supported returns the policy's text without autoApprovers, which decide about
+// routes before a policy is compiled, and whether this version knows the rest.
+func (v *vector) supported(t *testing.T) (full, text []byte, ok bool) {
+	t.Helper()
+	full = v.Policy
+	var s string
+	if json.Unmarshal(v.Policy, &s) == nil {
+		full = []byte(s)
+	}
+	std, err := hujson.Standardize(slices.Clone(full))
+	if err != nil {
+		return full, full, true
+	}
+	var m map[string]json.RawMessage
+	if err := json.Unmarshal(std, &m); err != nil {
+		t.Fatal(err)
+	}
+	delete(m, "autoApprovers")
+	ok = true
+	for k := range m {
+		ok = ok && slices.Contains(knownMembers, k)
+	}
+	text, err = json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return full, text, ok
+}
+
+func TestVectors(t *testing.T) {
+	dir := filepath.Join("..", "..", "..", "shared", "policy-vectors")
+	if _, err := os.Stat(dir); err != nil {
+		t.Skip("the shared policy vectors are not here: ", err)
+	}
+	files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".json"), func(t *testing.T) {
+			data, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			data = []byte(strings.NewReplacer(`"routable_ips"`, `"RoutableIPs"`, `"approved_routes"`, `"ApprovedRoutes"`).Replace(string(data)))
+			var all []vector
+			if err := json.Unmarshal(data, &all); err != nil {
+				t.Fatal(err)
+			}
+			total, matched, refused := 0, 0, 0
+			for i := range all {
+				v := &all[i]
+				full, text, ok := v.supported(t)
+				if !ok {
+					refused++
+					if _, err := Parse(full); !errors.Is(err, ErrUnsupported) {
+						t.Errorf("%s: uses more than is supported, but: %v", v.ID, err)
+					}
+					continue
+				}
+				total++
+				if msg := v.check(text); msg != "" {
+					t.Errorf("%s: %s", v.ID, msg)
+				} else {
+					matched++
+				}
+			}
+			t.Logf("%d of %d vectors match; %d use what is not supported yet and are refused as such", matched, total, refused)
+		})
+	}
+}
+
+func (v *vector) check(text []byte) string {
+	p, err := Parse(text)
+	if v.Rejected != (err != nil) {
+		return fmt.Sprintf("rejected: %v, got error %v", v.Rejected, err)
+	}
+	if err != nil {
+		return ""
+	}
+	nodes, ids := v.nodes()
+	primary := make(map[wire.NodeID]map[netip.Prefix]bool) // who is in charge of which routes
+	for _, w := range v.Want {
+		for name, peer := range w.Peers {
+			for _, r := range peer.PrimaryRoutes {
+				if primary[ids[name]] == nil {
+					primary[ids[name]] = make(map[netip.Prefix]bool)
+				}
+				primary[ids[name]][r] = true
+			}
+		}
+	}
+	// A route that was sent was approved, be it by autoApprovers.
+	for i, n := range nodes {
+		for r := range primary[n.ID] {
+			if !slices.Contains(n.Routes, r) {
+				nodes[i].Routes = append(slices.Clone(n.Routes), r)
+			}
+		}
+	}
+	c := Compile(p, nodes)
+	for name, want := range v.Want {
+		id := ids[name]
+		if msg := sameMeaning(c.Filter(id), want.Filter); msg != "" {
+			got, _ := json.Marshal(c.Filter(id))
+			return fmt.Sprintf("filter of %s: %s\n%s", name, msg, got)
+		}
+		var peers, wantPeers []string
+		for other, n := range v.Nodes {
+			if slices.Contains(c.Visible(id), ids[other]) {
+				allowed := []netip.Prefix{netip.PrefixFrom(n.IPv4, 32), netip.PrefixFrom(n.IPv6, 128)}
+				for _, r := range c.Routes(id, ids[other]) {
+					if r.Bits() == 0 || primary[ids[other]][r] {
+						allowed = append(allowed, r)
+					}
+				}
+				peers = append(peers, fmt.Sprint(other, sortedPrefixes(allowed)))
+			}
+		}
+		for other, w := range want.Peers {
+			wantPeers = append(wantPeers, fmt.Sprint(other, sortedPrefixes(w.AllowedIPs)))
+		}
+		slices.Sort(peers)
+		slices.Sort(wantPeers)
+		if !slices.Equal(peers, wantPeers) {
+			return fmt.Sprintf("peers of %s: got %v, want %v", name, peers, wantPeers)
+		}
+	}
+	return ""
+}
+
+func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
+	p = slices.Clone(p)
+	slices.SortFunc(p, func(a, b netip.Prefix) int {
+		if c := a.Addr().Compare(b.Addr()); c != 0 {
+			return c
+		}
+		return a.Bits() - b.Bits()
+	})
+	return p
+}
+
+// parseRange reads the address forms of filter rules.
+func parseRange(s string) []addrRange {
+	if s == "*" {
+		return []addrRange{rangeOf(netip.MustParsePrefix("0.0.0.0/0")), rangeOf(netip.MustParsePrefix("::/0"))}
+	}
+	if a, b, ok := strings.Cut(s, "-"); ok {
+		return []addrRange{{netip.MustParseAddr(a), netip.MustParseAddr(b)}}
+	}
+	if strings.Contains(s, "/") {
+		return []addrRange{rangeOf(netip.MustParsePrefix(s))}
+	}
+	a := netip.MustParseAddr(s)
+	return []addrRange{{a, a}}
+}
+
+// allows is the meaning of filter rules, read naively.
+func allows(rules []wire.FilterRule, src, dst netip.Addr, proto int, port uint16) bool {
+	in := func(s string, a netip.Addr) bool {
+		return slices.ContainsFunc(parseRange(s), func(r addrRange) bool {
+			return r.first.BitLen() == a.BitLen() && !a.Less(r.first) && !r.last.Less(a)
+		})
+	}
+	for _, r := range rules {
+		protos := r.IPProto
+		if len(protos) == 0 {
+			protos = []int{6, 17, 1, 58}
+		}
+		if !slices.Contains(protos, proto) || !slices.ContainsFunc(r.SrcIPs, func(s string) bool { return in(s, src) }) {
+			continue
+		}
+		for _, d := range r.DstPorts {
+			if d.Ports.First <= port && port <= d.Ports.Last && in(d.IP, dst) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// sameMeaning compares two filters at every edge of every range in either: in
+// between, neither can change its mind.
+func sameMeaning(got, want []wire.FilterRule) string {
+	var srcs, dsts []netip.Addr
+	ports := map[uint16]bool{}
+	protos := map[int]bool{6: true, 17: true, 1: true, 58: true, 132: true, 47: true}
+	edges := func(list []netip.Addr, s string) []netip.Addr {
+		for _, r := range parseRange(s) {
+			for _, a := range []netip.Addr{r.first.Prev(), r.first, r.last, r.last.Next()} {
+				if a.IsValid() {
+					list = append(list, a)
+				}
+			}
+		}
+		return list
+	}
+	for _, rules := range [][]wire.FilterRule{got, want} {
+		for _, r := range rules {
+			for _, s := range r.SrcIPs {
+				srcs = edges(srcs, s)
+			}
+			for _, d := range r.DstPorts {
+				dsts = edges(dsts, d.IP)
+				for _, p := range []uint16{d.Ports.First - 1, d.Ports.First, d.Ports.Last, d.Ports.Last + 1} {
+					ports[p] = true
+				}
+			}
+			for _, p := range r.IPProto {
+				protos[p] = true
+			}
+		}
+	}
+	distinctAddrs := func(l []netip.Addr) []netip.Addr {
+		slices.SortFunc(l, netip.Addr.Compare)
+		return slices.Compact(l)
+	}
+	for _, s := range distinctAddrs(srcs) {
+		for _, d := range distinctAddrs(dsts) {
+			if s.BitLen() != d.BitLen() {
+				continue
+			}
+			for port := range ports {
+				for proto := range protos {
+					if g, w := allows(got, s, d, proto, port), allows(want, s, d, proto, port); g != w {
+						return fmt.Sprintf("%v to %v port %d protocol %d: got %v, want %v", s, d, port, proto, g, w)
+					}
+				}
+			}
+		}
+	}
+	return ""
+}
