@@ -50,7 +50,7 @@ func (d *dial) finish() error {
 func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.AddrPort) (*Conn, error) {
 	local, remote = local.Unmap(), unmap(remote)
 	fail := func(err error) (*Conn, error) {
-		op := &net.OpError{Op: "dial", Net: "tcp", Addr: tcpAddr(remote), Err: err}
+		op := &net.OpError{Op: "dial", Net: "tcp", Addr: tcpAddr(remote), Err: s.orClosed(err)}
 		if local.IsValid() {
 			op.Source = tcpAddr(netip.AddrPortFrom(local, 0))
 		}

@@ -36,7 +36,7 @@ var _ net.Listener = (*Listener)(nil)
 // EADDRNOTAVAIL, both in a *net.OpError.
 func (s *Stack) Listen(network string, addr netip.AddrPort) (*Listener, error) {
 	fail := func(err error) (*Listener, error) {
-		return nil, &net.OpError{Op: "listen", Net: network, Addr: tcpAddr(addr), Err: err}
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: tcpAddr(addr), Err: s.orClosed(err)}
 	}
 	proto, v6only, full, err := bindAddr("tcp", network, addr)
 	if err != nil {

@@ -349,6 +349,16 @@ func (s *Stack) track(add func()) error {
 	return nil
 }
 
+// orClosed returns err, or net.ErrClosed if the closed stack is the reason for it.
+func (s *Stack) orClosed(err error) error {
+	select {
+	case <-s.closing:
+		return net.ErrClosed
+	default:
+		return err
+	}
+}
+
 // untrack runs remove under the lock.
 func (s *Stack) untrack(remove func()) {
 	s.mu.Lock()

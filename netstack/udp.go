@@ -238,7 +238,7 @@ var _ net.PacketConn = (*PacketConn)(nil)
 // and errors are as for Listen.
 func (s *Stack) ListenUDP(network string, addr netip.AddrPort) (*PacketConn, error) {
 	fail := func(err error) (*PacketConn, error) {
-		return nil, &net.OpError{Op: "listen", Net: network, Addr: udpAddr(addr), Err: err}
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: udpAddr(addr), Err: s.orClosed(err)}
 	}
 	proto, v6only, full, err := bindAddr("udp", network, addr)
 	if err != nil {
@@ -330,7 +330,7 @@ var _ net.Conn = (*UDPConn)(nil)
 func (s *Stack) DialUDP(local netip.Addr, remote netip.AddrPort) (*UDPConn, error) {
 	local, remote = local.Unmap(), unmap(remote)
 	fail := func(err error) (*UDPConn, error) {
-		return nil, &net.OpError{Op: "dial", Net: "udp", Addr: udpAddr(remote), Err: err}
+		return nil, &net.OpError{Op: "dial", Net: "udp", Addr: udpAddr(remote), Err: s.orClosed(err)}
 	}
 	switch {
 	case !remote.IsValid() || remote.Addr().Zone() != "":
