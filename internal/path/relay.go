@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"reflect"
 	"sync"
@@ -14,12 +13,13 @@ import (
 	"mesh/control/wire"
 	"mesh/derp"
 	"mesh/identity"
+	"mesh/internal/backoff"
 )
 
 const (
 	relayIdle      = 60 * time.Second // a connection other than home closes after this long without a write
 	relayIdleCheck = 15 * time.Second
-	backoffMin     = 50 * time.Millisecond
+	backoffMin     = 100 * time.Millisecond
 	backoffMax     = 5 * time.Second
 	// What is sent while a connection is being made waits for it, within
 	// these bounds: the first handshake must not be lost to the dial.
@@ -289,14 +289,14 @@ func (s *relaySet) lastErr(region int) error {
 // run connects, reads and connects again, while the region is kept or used.
 func (r *relay) run() {
 	s := r.set
-	pause := backoffMin
+	pause := backoff.Backoff{Min: backoffMin, Max: backoffMax}
 	for {
 		began := s.now()
 		conn, err := s.dial(r.ctx, r.def)
 		if err == nil {
 			err = r.serve(conn)
 			if s.now()-began > backoffMax {
-				pause = backoffMin
+				pause.Reset()
 			}
 		}
 		if r.ctx.Err() == nil {
@@ -313,15 +313,12 @@ func (r *relay) run() {
 			return
 		}
 		r.mu.Unlock()
-		wait := time.NewTimer(pause + rand.N(pause/2))
 		select {
-		case <-wait.C:
-			pause = min(2*pause, backoffMax*2/3)
 		case <-r.kick:
-			pause = backoffMin
-		case <-r.ctx.Done():
+			pause.Reset()
+		default:
+			pause.Wait(r.ctx, 0, r.kick, err)
 		}
-		wait.Stop()
 	}
 }
 
