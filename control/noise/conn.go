@@ -251,15 +251,10 @@ func (c *Conn) Write(p []byte) (int, error) {
 			if n == 0 {
 				break
 			}
-			if c.wcount == maxCount {
-				c.werr = fmt.Errorf("%w: nonces used up", ErrRecord)
-				return done, c.werr
+			var err error
+			if out, err = c.appendRecord(out, p[done:done+n]); err != nil {
+				return done, err
 			}
-			out = append(out, typeRecord)
-			out = binary.BigEndian.AppendUint16(out, uint16(n+tagLen))
-			binary.BigEndian.PutUint64(c.wnonce[4:], c.wcount)
-			out = c.seal.Seal(out, c.wnonce[:], p[done:done+n], nil)
-			c.wcount++
 			done += n
 		}
 		if err := c.send(out); err != nil {
@@ -267,6 +262,19 @@ func (c *Conn) Write(p []byte) (int, error) {
 		}
 	}
 	return done, nil
+}
+
+// appendRecord seals p, of maxPlain bytes at most, as one record.
+func (c *Conn) appendRecord(out, p []byte) ([]byte, error) {
+	if c.wcount == maxCount {
+		c.werr = fmt.Errorf("%w: nonces used up", ErrRecord)
+		return out, c.werr
+	}
+	binary.BigEndian.PutUint64(c.wnonce[4:], c.wcount)
+	c.wcount++
+	out = append(out, typeRecord)
+	out = binary.BigEndian.AppendUint16(out, uint16(len(p)+tagLen))
+	return c.seal.Seal(out, c.wnonce[:], p, nil), nil
 }
 
 // send writes sealed records. After a timeout the rest is kept in c.unsent;

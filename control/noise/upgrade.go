@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -236,16 +237,20 @@ func Accept(w http.ResponseWriter, r *http.Request, serverKey identity.MachinePr
 		in = io.MultiReader(bytes.NewReader(bytes.Clone(ahead)), conn)
 	}
 	c := newConn(conn, in, a.peer, a.version, a.up, a.down)
+	if opts.EarlyPayload != nil {
+		early := binary.BigEndian.AppendUint32(bytes.Clone(earlyMagic), uint32(len(opts.EarlyPayload)))
+		for p := range slices.Chunk(append(early, opts.EarlyPayload...), maxPlain) {
+			record, err := c.appendRecord(nil, p)
+			if err != nil {
+				conn.Close()
+				return nil, fmt.Errorf("noise upgrade: %w", err)
+			}
+			out.Write(record)
+		}
+	}
 	if _, err := conn.Write(out.Bytes()); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("noise upgrade: send response: %w", err)
-	}
-	if opts.EarlyPayload != nil {
-		early := binary.BigEndian.AppendUint32(bytes.Clone(earlyMagic), uint32(len(opts.EarlyPayload)))
-		if _, err := c.Write(append(early, opts.EarlyPayload...)); err != nil {
-			conn.Close()
-			return nil, fmt.Errorf("noise upgrade: send early payload: %w", err)
-		}
 	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		conn.Close()

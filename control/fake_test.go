@@ -1,0 +1,261 @@
+package control
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+	"go.uber.org/goleak"
+
+	"mesh/control/noise"
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// memory is a listener whose connections are pipes, for virtual time.
+type memory struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+func newMemory() *memory { return &memory{conns: make(chan net.Conn), done: make(chan struct{})} }
+
+func (m *memory) Accept() (net.Conn, error) {
+	select {
+	case c := <-m.conns:
+		return c, nil
+	case <-m.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (m *memory) Close() error { m.once.Do(func() { close(m.done) }); return nil }
+
+func (m *memory) Addr() net.Addr { return &net.UnixAddr{Name: "memory"} }
+
+func (m *memory) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	a, b := net.Pipe()
+	select {
+	case m.conns <- b:
+		return a, nil
+	case <-m.done:
+		return nil, &net.OpError{Op: "dial", Net: "memory", Err: errors.New("connection refused")}
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// fake is a control server whose answers the test gives.
+type fake struct {
+	t        testing.TB
+	listener net.Listener
+	server   *http.Server
+	key      atomic.Pointer[identity.MachinePrivate]
+	early    []byte
+
+	// What tests may set before use.
+	register func(wire.RegisterRequest) any // an answer, or a func(http.ResponseWriter)
+	update   func(wire.MapRequest) func(http.ResponseWriter)
+	polls    chan *poll // gets each map poll and relay stream; nobody takes it = it hangs
+
+	keys, upgrades atomic.Int32
+	mu             sync.Mutex // guards the fields below
+	heads          []string
+	conns          map[*noise.Conn]bool
+}
+
+// poll is a stream that a client waits on.
+type poll struct {
+	t       testing.TB
+	req     wire.MapRequest
+	relay   wire.RelayRequest
+	w       http.ResponseWriter
+	done    chan struct{} // ends it
+	closed  <-chan struct{}
+	machine identity.MachinePublic
+}
+
+func (p *poll) end() { close(p.done) }
+
+// raw sends bytes as they are.
+func (p *poll) raw(b []byte) {
+	p.w.Write(b)
+	http.NewResponseController(p.w).Flush()
+}
+
+func frame(body []byte) []byte {
+	return append(binary.LittleEndian.AppendUint32(nil, uint32(len(body))), body...)
+}
+
+func pack(b []byte) []byte {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		panic(err)
+	}
+	defer e.Close()
+	return e.EncodeAll(b, nil)
+}
+
+func (p *poll) send(msg any) {
+	b, err := json.Marshal(msg)
+	if err != nil {
+		p.t.Error(err)
+	}
+	if p.req.Compress == "zstd" {
+		b = pack(b)
+	}
+	p.raw(frame(b))
+}
+
+func newFake(t testing.TB, ln net.Listener) *fake {
+	f := &fake{t: t, listener: ln, polls: make(chan *poll), conns: map[*noise.Conn]bool{}}
+	key := identity.NewMachine()
+	f.key.Store(&key)
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /key", func(w http.ResponseWriter, r *http.Request) {
+		f.keys.Add(1)
+		json.NewEncoder(w).Encode(wire.KeyAnswer{PublicKey: f.key.Load().Public()})
+	})
+	mux.HandleFunc("HEAD /ping", f.head)
+	mux.HandleFunc(noise.Path, f.upgrade)
+	f.server = &http.Server{Handler: mux}
+	go f.server.Serve(ln)
+	t.Cleanup(f.stop)
+	return f
+}
+
+func (f *fake) head(_ http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.heads = append(f.heads, r.RequestURI)
+}
+
+func (f *fake) upgrade(w http.ResponseWriter, r *http.Request) {
+	f.upgrades.Add(1)
+	c, err := noise.Accept(w, r, *f.key.Load(), noise.AcceptOptions{EarlyPayload: f.early})
+	if err != nil {
+		return
+	}
+	f.mu.Lock()
+	f.conns[c] = true
+	f.mu.Unlock()
+	defer c.Close()
+	h := http.NewServeMux()
+	h.HandleFunc("HEAD /ping", func(w http.ResponseWriter, r *http.Request) { r.RequestURI = "inside " + r.RequestURI; f.head(w, r) })
+	h.HandleFunc("POST /machine/register", func(w http.ResponseWriter, r *http.Request) {
+		var req wire.RegisterRequest
+		if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+			f.t.Error(err)
+		}
+		answer := f.register(req)
+		if special, ok := answer.(func(http.ResponseWriter)); ok {
+			special(w)
+			return
+		}
+		json.NewEncoder(w).Encode(answer)
+	})
+	h.HandleFunc("POST /machine/map", func(w http.ResponseWriter, r *http.Request) {
+		var req wire.MapRequest
+		if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+			f.t.Error(err)
+		}
+		if !req.Stream {
+			if f.update != nil {
+				if special := f.update(req); special != nil {
+					special(w)
+				}
+			}
+			return
+		}
+		f.poll(w, r, &poll{req: req, machine: c.Peer()})
+	})
+	h.HandleFunc("POST /machine/relay", func(w http.ResponseWriter, r *http.Request) {
+		var req wire.RelayRequest
+		if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+			f.t.Error(err)
+		}
+		f.poll(w, r, &poll{relay: req, machine: c.Peer()})
+	})
+	// The server of the standard library works in virtual time.
+	s := &http.Server{Handler: h, Protocols: new(http.Protocols)}
+	s.Protocols.SetUnencryptedHTTP2(true)
+	one := newMemory()
+	closed := make(chan struct{})
+	s.ConnState = func(_ net.Conn, st http.ConnState) {
+		if st == http.StateClosed {
+			close(closed)
+		}
+	}
+	go func() { one.conns <- c }()
+	go s.Serve(one)
+	<-closed
+	s.Close()
+}
+
+func (f *fake) poll(w http.ResponseWriter, r *http.Request, p *poll) {
+	p.t, p.w, p.done, p.closed = f.t, w, make(chan struct{}), r.Context().Done()
+	select {
+	case f.polls <- p:
+	case <-p.closed:
+		return
+	}
+	select {
+	case <-p.done:
+	case <-p.closed:
+	}
+}
+
+// cut breaks all connections.
+func (f *fake) cut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for c := range f.conns {
+		c.Close()
+	}
+	clear(f.conns)
+}
+
+func (f *fake) stop() {
+	f.server.Close()
+	f.cut()
+}
+
+// client returns a client of a fake in memory.
+func (f *fake) client(change ...func(*Config)) *Client {
+	cfg := Config{URL: "http://control.test", Machine: identity.NewMachine()}
+	if m, ok := f.listener.(*memory); ok {
+		cfg.Dial = m.dial
+	} else {
+		cfg.URL = "http://" + f.listener.Addr().String()
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	c, err := New(cfg)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func status(code int, text string, headers ...string) func(http.ResponseWriter) {
+	return func(w http.ResponseWriter) {
+		for i := 0; i < len(headers); i += 2 {
+			w.Header().Set(headers[i], headers[i+1])
+		}
+		w.WriteHeader(code)
+		io.WriteString(w, text)
+	}
+}

@@ -1,0 +1,330 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control/wire"
+	"mesh/identity"
+	"mesh/internal/backoff"
+	"mesh/internal/netmap"
+)
+
+// steady is how long a map stream must have lived for its end not to count as
+// one more failure in a row.
+const steady = 30 * time.Second
+
+// HostState is what the control server and peers are told about a node.
+type HostState struct {
+	DiscoKey identity.DiscoPublic
+	Hostinfo *wire.Hostinfo // with NetInfo, once that is known
+	// Endpoints are where the node's UDP socket may be reached, and
+	// EndpointTypes, in parallel, how each was found.
+	Endpoints     []netip.AddrPort
+	EndpointTypes []wire.EndpointType
+}
+
+// SessionConfig is what a Session is made from.
+type SessionConfig struct {
+	NodeKey identity.NodePublic // of a registered node; required
+	// InForce is the map that the node works with already, from SavedMap; nil
+	// = none. The first map of the control server is compared with it.
+	InForce *netmap.Map
+	// OnMap gets each new map, and what differs from the one before; required.
+	// It is called by Run, one call at a time.
+	OnMap func(*netmap.Map, netmap.Delta)
+	// OnState is called by Run when the connection comes up (with nil) and for
+	// each failure (with the reason). It may be nil.
+	OnState func(error)
+	// Store keeps the last map for SavedMap; nil = it is not kept.
+	Store identity.Store
+}
+
+// Session keeps a registered node in touch with its control server.
+type Session struct {
+	c   *Client
+	cfg SessionConfig
+
+	nudge  chan struct{} // asks Run not to wait any longer
+	update chan struct{} // asks for a lite update
+	dirty  chan struct{} // asks to save the map
+
+	mu      sync.Mutex // guards the fields below
+	host    HostState
+	applied int64
+	want    int // counts reasons for a lite update
+	sent    int // value of want that a lite update has covered
+	online  bool
+	last    *netmap.Map // to be saved
+}
+
+// NewSession returns a session; Run starts it.
+func (c *Client) NewSession(cfg SessionConfig) *Session {
+	return &Session{
+		c: c, cfg: cfg,
+		nudge: make(chan struct{}, 1), update: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
+	}
+}
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// SetHostState says how the node is now. The control server is told when that
+// is news, at once or as soon as it is connected; if several changes come
+// meanwhile it hears of the last. Relay latencies alone are no news. The
+// contents of h must not change after.
+func (s *Session) SetHostState(h HostState) {
+	s.mu.Lock()
+	news := !sameState(s.host, h)
+	s.host = h
+	if news {
+		s.want++
+	}
+	s.mu.Unlock()
+	if news {
+		signal(s.update)
+	}
+}
+
+// SetApplied says which version of the policy is in force at the node, which
+// the control server is told like host state.
+func (s *Session) SetApplied(version int64) {
+	s.mu.Lock()
+	news := s.applied != version
+	s.applied = version
+	if news {
+		s.want++
+	}
+	s.mu.Unlock()
+	if news {
+		signal(s.update)
+	}
+}
+
+// Retry makes a session that waits to connect again do so now, since there is
+// reason to hope: the network has changed.
+func (s *Session) Retry() { signal(s.nudge) }
+
+// sameState compares all but relay latencies.
+func sameState(a, b HostState) bool {
+	return a.DiscoKey == b.DiscoKey && reflect.DeepEqual(a.Endpoints, b.Endpoints) &&
+		reflect.DeepEqual(a.EndpointTypes, b.EndpointTypes) && reflect.DeepEqual(withoutLatency(a.Hostinfo), withoutLatency(b.Hostinfo))
+}
+
+func withoutLatency(h *wire.Hostinfo) *wire.Hostinfo {
+	if h == nil || h.NetInfo == nil {
+		return h
+	}
+	c, n := *h, *h.NetInfo
+	n.DERPLatency = nil
+	c.NetInfo = &n
+	return &c
+}
+
+// request returns the body of a map request with all that is known, since some
+// servers take over what polls say, and forget what they do not.
+func (s *Session) request() (wire.MapRequest, int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := wire.MapRequest{
+		Version: wire.CapabilityVersion, NodeKey: s.cfg.NodeKey, DiscoKey: s.host.DiscoKey, KeepAlive: true,
+		Hostinfo: s.host.Hostinfo, Endpoints: s.host.Endpoints, EndpointTypes: s.host.EndpointTypes, MeshApplied: s.applied,
+	}
+	if r.Hostinfo == nil {
+		r.Hostinfo = &wire.Hostinfo{}
+	}
+	return r, s.want
+}
+
+// Run keeps a map stream going until ctx ends or the control server does not
+// want this node any more. It returns ctx's cause, or the reason: an error for
+// which IsFatal holds. When it has returned nothing of it is running. A session
+// runs once.
+func (s *Session) Run(ctx context.Context) error {
+	err := s.run(ctx)
+	// Only now: the map may have been saved up to here.
+	if s.cfg.Store != nil && (errors.Is(err, wire.ErrNodeRevoked) || errors.Is(err, wire.ErrMachineMismatch)) {
+		if err := ForgetMap(s.cfg.Store); err != nil {
+			s.c.log.Warn("a netmap that is void stays saved", zap.Error(err))
+		}
+	}
+	return err
+}
+
+func (s *Session) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel(nil)
+	wg.Go(func() { s.sendUpdates(ctx, cancel) })
+	if s.cfg.Store != nil {
+		wg.Go(func() { s.saveMaps(ctx) })
+	}
+
+	inForce := s.cfg.InForce
+	var wait backoff.Backoff
+	for {
+		var upSince time.Time
+		var cur *netmap.Map
+		err := s.c.Stream(ctx, func() wire.MapRequest {
+			r, _ := s.request()
+			s.setOnline(true)
+			return r
+		}, func(r *wire.MapResponse) error {
+			next, d, err := netmap.Apply(cur, r)
+			if err != nil || next == cur {
+				return err
+			}
+			if next.Self().Key != s.cfg.NodeKey {
+				return fmt.Errorf("control server sent the map of another node, %s", next.Self().Key.Short())
+			}
+			if cur == nil {
+				ignored := d.Ignored
+				d = netmap.Rebase(inForce, next)
+				d.Ignored = ignored
+				upSince = time.Now()
+				s.state(nil)
+			}
+			if len(d.Ignored) > 0 {
+				s.c.log.Warn("parts of a netmap are not believed", zap.Strings("parts", d.Ignored))
+			}
+			cur, inForce = next, next
+			s.keep(next)
+			s.cfg.OnMap(next, d)
+			return nil
+		})
+		s.setOnline(false)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if IsFatal(err) {
+			return err
+		}
+		s.state(err)
+		if !upSince.IsZero() && time.Since(upSince) >= steady {
+			wait.Reset()
+		}
+		s.c.log.Debug("map stream ended, will try again", zap.Error(err))
+		if wait.Wait(ctx, retryAfter(err), s.nudge, nil) != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (s *Session) state(err error) {
+	if s.cfg.OnState != nil {
+		s.cfg.OnState(err)
+	}
+}
+
+func (s *Session) setOnline(on bool) {
+	s.mu.Lock()
+	s.online = on
+	if on {
+		s.want++ // each connection begins with an update
+	}
+	s.mu.Unlock()
+	if on {
+		signal(s.update)
+	}
+}
+
+// due returns the next lite update, and the count that it covers.
+func (s *Session) due() (wire.MapRequest, int, bool) {
+	r, want := s.request()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Without a disco key there is nothing to tell yet.
+	return r, want, s.online && s.sent != want && !r.DiscoKey.IsZero()
+}
+
+// sendUpdates sends lite updates, one at a time.
+func (s *Session) sendUpdates(ctx context.Context, cancel context.CancelCauseFunc) {
+	var wait backoff.Backoff
+	for {
+		select {
+		case <-s.update:
+		case <-ctx.Done():
+			return
+		}
+		for {
+			r, want, due := s.due()
+			if !due {
+				break
+			}
+			err := s.c.Update(ctx, r)
+			if err == nil {
+				s.mu.Lock()
+				s.sent = want
+				s.mu.Unlock()
+				wait.Reset()
+				continue
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			if IsFatal(err) {
+				cancel(err)
+				return
+			}
+			s.c.log.Debug("update failed, will try again", zap.Error(err))
+			if wait.Wait(ctx, retryAfter(err), nil, nil) != nil {
+				return
+			}
+		}
+	}
+}
+
+// saveInterval is how often a map is saved at most.
+const saveInterval = 10 * time.Second
+
+func (s *Session) keep(m *netmap.Map) {
+	s.mu.Lock()
+	s.last = m
+	s.mu.Unlock()
+	signal(s.dirty)
+}
+
+// saveMaps saves the latest map now and then, and at the end.
+func (s *Session) saveMaps(ctx context.Context) {
+	for {
+		select {
+		case <-s.dirty:
+			s.save()
+		case <-ctx.Done():
+			select {
+			case <-s.dirty:
+				s.save()
+			default:
+			}
+			return
+		}
+		select {
+		case <-time.After(saveInterval):
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (s *Session) save() {
+	s.mu.Lock()
+	m := s.last
+	s.mu.Unlock()
+	if m == nil {
+		return
+	}
+	if err := s.c.SaveMap(s.cfg.Store, m); err != nil {
+		s.c.log.Warn("the netmap cannot be saved: without control server this node could not start again", zap.Error(err))
+	}
+}
