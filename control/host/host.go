@@ -67,6 +67,7 @@ type Config struct {
 type Host struct {
 	cfg    Config
 	log    *zap.Logger
+	addr   string
 	url    string
 	socket string
 	store  *store.SQLite
@@ -117,6 +118,7 @@ func Start(cfg Config) (_ *Host, err error) {
 		return nil, fmt.Errorf("listen for nodes: %w", err)
 	}
 	h.onClose(func() { ln.Close() })
+	h.addr = ln.Addr().String()
 	if h.url, err = publicURL(cfg.URL, ln.Addr(), cfg.TLSCert != ""); err != nil {
 		return nil, err
 	}
@@ -164,6 +166,9 @@ func Start(cfg Config) (_ *Host, err error) {
 
 // URL is how nodes reach the control server.
 func (h *Host) URL() string { return h.url }
+
+// Addr is the TCP address that control and relay listen on.
+func (h *Host) Addr() string { return h.addr }
 
 // Key is the control server's key, which nodes may pin.
 func (h *Host) Key() identity.MachinePublic { return h.server.Key() }

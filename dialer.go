@@ -1,0 +1,222 @@
+package mesh
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"time"
+
+	"mesh/identity"
+	"mesh/internal/netmap"
+	"mesh/internal/session"
+)
+
+const (
+	// dialTimeout bounds a Dial whose context has no deadline.
+	dialTimeout = 10 * time.Second
+	// offlineTimeout bounds a Dial to a peer that the control server believes
+	// to be offline: long enough to find out that it is wrong.
+	offlineTimeout = 3 * time.Second
+)
+
+// Dial connects to a peer. network is "tcp", "udp" or one of these with "4" or
+// "6"; addr is "name:port" with a short name, a full name or a mesh address.
+// It starts the node if need be. Without a deadline in ctx it takes 10 seconds
+// at most.
+//
+// Only the mesh is ever dialled: a name or address that no visible peer has is
+// ErrUnknownHost. A refusal by the peer's policy is ErrDenied; for "udp" it
+// comes from a later Read or Write. A port that nobody listens on is
+// syscall.ECONNREFUSED, a peer that is away ErrPeerOffline. The connection is
+// a *Conn.
+func (n *Node) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	c, err := n.dial(ctx, network, addr)
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: network, Addr: nameAddr{network, addr}, Err: err}
+	}
+	return c, nil
+}
+
+// nameAddr is an address as the caller wrote it.
+type nameAddr struct{ network, addr string }
+
+func (a nameAddr) Network() string { return a.network }
+func (a nameAddr) String() string  { return a.addr }
+
+func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
+	proto, family, err := splitNetwork(network)
+	if err != nil {
+		return nil, err
+	}
+	host, port, err := splitAddr(proto, addr)
+	if err != nil {
+		return nil, err
+	}
+	if host == "" || port == 0 {
+		return nil, &net.AddrError{Err: "missing host or port", Addr: addr}
+	}
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, dialTimeout)
+		defer cancel()
+	}
+	s, err := n.running(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m := s.Engine().Map()
+	peer, addrs, err := resolve(m, host, family)
+	if err != nil {
+		return nil, err
+	}
+	id := m.SelfIdentity()
+	if peer != nil {
+		id = m.Identity(peer)
+	}
+	remote := netip.AddrPortFrom(addrs, port)
+	if proto == "udp" {
+		c, err := s.Stack().DialUDP(netip.Addr{}, remote)
+		if err != nil {
+			return nil, s.Refine(inner(err))
+		}
+		return &Conn{stackConn: c, peer: id}, nil
+	}
+	outer := ctx
+	offline := peer != nil && peer.Online != nil && !*peer.Online
+	if offline {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, offlineTimeout)
+		defer cancel()
+	}
+	c, err := s.Stack().DialTCP(ctx, netip.Addr{}, remote)
+	if err == nil {
+		return &Conn{stackConn: c, peer: id}, nil
+	}
+	err = s.Refine(inner(err))
+	timedOut := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
+	switch {
+	case timedOut && offline:
+		seen := time.Time{}
+		if peer.LastSeen != nil {
+			seen = *peer.LastSeen
+		}
+		return nil, &PeerOfflineError{Peer: id, LastSeen: seen}
+	case timedOut && peer != nil && outer.Err() != context.Canceled:
+		return nil, fmt.Errorf("no answer from %s, last tried %s: %w", id.Name, s.DescribePath(id.Key), err)
+	}
+	return nil, err
+}
+
+// inner takes the error out of the stack's *net.OpError, since ours goes
+// around it.
+func inner(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+// resolve finds the peer that host means and its address of the family ("4",
+// "6" or "" for any). A nil peer with a nil error is this node itself.
+func resolve(m *netmap.Map, host, family string) (*netmap.Peer, netip.Addr, error) {
+	var peer *netmap.Peer
+	var addrs []netip.Addr
+	if ip, err := netip.ParseAddr(host); err == nil {
+		ip = ip.Unmap()
+		p, ok := m.PeerByAddr(ip)
+		if !ok && !session.IsSelf(m, ip) {
+			return nil, netip.Addr{}, unknownHost(host)
+		}
+		peer, addrs = p, []netip.Addr{ip}
+	} else if p, ok := m.PeerByName(host); ok {
+		peer, addrs = p, m.Identity(p).Addresses
+	} else if session.IsSelfName(m, host) {
+		addrs = m.SelfIdentity().Addresses
+	} else {
+		return nil, netip.Addr{}, unknownHost(host)
+	}
+	for _, a := range addrs {
+		if family == "" || (family == "4") == a.Is4() {
+			return peer, a, nil
+		}
+	}
+	return nil, netip.Addr{}, &net.AddrError{Err: "no IPv" + family + " address on the mesh", Addr: host}
+}
+
+func unknownHost(host string) error {
+	return fmt.Errorf("%w: %q is no peer that this node may see", ErrUnknownHost, host)
+}
+
+func splitNetwork(network string) (proto, family string, err error) {
+	switch network {
+	case "tcp", "udp":
+		return network, "", nil
+	case "tcp4", "tcp6", "udp4", "udp6":
+		return network[:3], network[3:], nil
+	}
+	return "", "", net.UnknownNetworkError(network)
+}
+
+func splitAddr(proto, addr string) (host string, port uint16, err error) {
+	host, service, err := net.SplitHostPort(addr)
+	if err != nil {
+		return "", 0, err
+	}
+	if service == "" {
+		return host, 0, nil
+	}
+	p, err := strconv.ParseUint(service, 10, 16)
+	if err != nil {
+		// A service name, from the table that package net knows without
+		// asking the network.
+		n, lerr := net.LookupPort(proto, service)
+		if lerr != nil {
+			return "", 0, &net.AddrError{Err: "invalid port", Addr: addr}
+		}
+		p = uint64(n)
+	}
+	return host, uint16(p), nil
+}
+
+// HTTPClient returns a client whose requests go to peers only: it dials with
+// Dial and uses no proxy. All clients of a node share their connections.
+func (n *Node) HTTPClient() *http.Client {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.transport == nil {
+		n.transport = &http.Transport{
+			DialContext:           n.Dial,
+			MaxIdleConnsPerHost:   16,
+			IdleConnTimeout:       90 * time.Second,
+			TLSHandshakeTimeout:   10 * time.Second,
+			ExpectContinueTimeout: time.Second,
+		}
+	}
+	return &http.Client{Transport: n.transport}
+}
+
+// PeerOfflineError reports that a peer did not answer and that the control
+// server has not seen it for a while.
+type PeerOfflineError struct {
+	Peer     identity.Peer
+	LastSeen time.Time // zero if unknown
+}
+
+func (e *PeerOfflineError) Error() string {
+	if e.LastSeen.IsZero() {
+		return e.Peer.Name + " is offline"
+	}
+	return fmt.Sprintf("%s is offline, last seen %s", e.Peer.Name, e.LastSeen.UTC().Format(time.RFC3339))
+}
+
+// Is makes errors.Is(err, ErrPeerOffline) true.
+func (e *PeerOfflineError) Is(target error) bool { return target == ErrPeerOffline }
+
+// Timeout reports true, as for any peer that does not answer.
+func (e *PeerOfflineError) Timeout() bool { return true }

@@ -1,0 +1,136 @@
+package session
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"mesh/identity"
+	"mesh/internal/netmap"
+	"mesh/netstack"
+)
+
+// IsSelf reports whether a is an address of the node that m is for.
+func IsSelf(m *netmap.Map, a netip.Addr) bool {
+	return slices.ContainsFunc(m.Self().Addresses, func(p netip.Prefix) bool { return p.Addr() == a })
+}
+
+// IsSelfName reports whether name is the short or full name of the node that m
+// is for.
+func IsSelfName(m *netmap.Map, name string) bool {
+	name = strings.TrimSuffix(strings.ToLower(name), ".")
+	self := m.SelfIdentity()
+	return name != "" && (name == strings.ToLower(self.Name) || name == strings.ToLower(self.ShortName()))
+}
+
+// WhoIs tells which node has a mesh address.
+func (s *Session) WhoIs(a netip.Addr) (identity.Peer, bool) {
+	m, a := s.engine.Map(), a.Unmap()
+	if IsSelf(m, a) {
+		return m.SelfIdentity(), true
+	}
+	p, ok := m.PeerByAddr(a)
+	if !ok {
+		return identity.Peer{}, false
+	}
+	return m.Identity(p), true
+}
+
+// Origin tells who is at the other end of an inbound flow, and by which rule.
+// It reports false when the flow is not, or no longer, admitted.
+func (s *Session) Origin(f netstack.Flow) (identity.Peer, bool) {
+	who, ok := s.WhoIs(f.Remote.Addr())
+	if !ok || IsSelf(s.engine.Map(), f.Remote.Addr()) {
+		return who, ok
+	}
+	key, rule, ok := s.engine.Admitted(f.Proto, f.Local, f.Remote)
+	if !ok || key != who.Key {
+		return identity.Peer{}, false
+	}
+	who.Rule = rule
+	return who, true
+}
+
+// Refine replaces an error that only says that the stack is gone by the reason
+// for which it is.
+func (s *Session) Refine(err error) error {
+	if end := s.Err(); end != nil {
+		return end
+	}
+	if errors.Is(err, syscall.ENETDOWN) && s.ctx.Err() != nil {
+		return errors.Join(err, s.ctx.Err())
+	}
+	return err
+}
+
+// DescribePath says how packets to a peer were last sent, for error texts.
+func (s *Session) DescribePath(peer identity.NodePublic) string {
+	p := s.peerPath(peer)
+	switch p.Path {
+	case "direct":
+		return "directly at " + p.Endpoint.String()
+	case "relay":
+		return fmt.Sprintf("by relay %d", p.Relay)
+	}
+	if t := s.Trouble(); t != nil {
+		return fmt.Sprintf("by no path (%v)", t)
+	}
+	return "by no path"
+}
+
+// Status describes a node at one moment. It holds no secret.
+type Status struct {
+	Running bool          // the node is up
+	Self    identity.Peer // who this node is; zero until it is up
+	// Control is empty while the control server is connected, else it says
+	// why not. What is known goes on to work meanwhile.
+	Control       string
+	PolicyVersion int64        // of the policy in force, 0 = unknown
+	HomeRelay     int          // relay region where peers find this node, 0 = none
+	Peers         []PeerStatus // sorted by name
+}
+
+// PeerStatus describes a peer that a node may see.
+type PeerStatus struct {
+	identity.Peer
+	Online   bool      // as the control server believes
+	LastSeen time.Time // zero if unknown or online
+	// Path is how packets travel at present: "direct", "relay", or "" when
+	// there was no traffic lately.
+	Path     string
+	Endpoint netip.AddrPort // of a direct path
+	Relay    int            // region of a relayed one
+	Latency  time.Duration  // round trip of the direct path, 0 = unknown
+}
+
+// Status returns what is known now, of a session that came up.
+func (s *Session) Status() *Status {
+	m := s.engine.Map()
+	st := &Status{
+		Running:       s.Err() == nil,
+		Self:          m.SelfIdentity(),
+		PolicyVersion: m.PolicyVersion(),
+		HomeRelay:     s.engine.HomeRegion(),
+	}
+	if err := cmp.Or(s.Err(), s.Trouble()); err != nil {
+		st.Control = err.Error()
+	}
+	for p := range m.Peers() {
+		ps := s.peerPath(p.Key)
+		ps.Peer = m.Identity(p)
+		ps.Online = p.Online != nil && *p.Online
+		if p.LastSeen != nil && !ps.Online {
+			ps.LastSeen = *p.LastSeen
+		}
+		st.Peers = append(st.Peers, ps)
+	}
+	slices.SortFunc(st.Peers, func(a, b PeerStatus) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(string(a.ID), string(b.ID)))
+	})
+	return st
+}

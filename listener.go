@@ -1,0 +1,237 @@
+package mesh
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"mesh/identity"
+	"mesh/internal/session"
+	"mesh/netstack"
+)
+
+// stackConn is a connection of the network stack.
+type stackConn interface {
+	net.Conn
+	Flow() netstack.Flow
+}
+
+// Conn is a connection between two nodes of the mesh, TCP or UDP. It behaves
+// as package net's connections do and knows who the other end is.
+type Conn struct {
+	stackConn
+	peer identity.Peer
+}
+
+// Peer returns the proven identity of the other end, as it was when the
+// connection was made. For an accepted connection it names the rule that
+// admitted it.
+func (c *Conn) Peer() identity.Peer { return c.peer }
+
+// CloseWrite ends the outgoing half of a TCP connection; the peer reads EOF.
+// It fails with errors.ErrUnsupported for UDP.
+func (c *Conn) CloseWrite() error {
+	if h, ok := c.stackConn.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return fmt.Errorf("close write: %w", errors.ErrUnsupported)
+}
+
+// Addr is the address of a datagram's sender or receiver. Its Peer is zero
+// where it is not known.
+type Addr struct {
+	netip.AddrPort
+	Peer identity.Peer
+}
+
+// Network returns "udp".
+func (a *Addr) Network() string { return "udp" }
+
+// Listen announces on this node's mesh addresses. network is "tcp", "tcp4" or
+// "tcp6"; addr is ":port", or an own mesh address and port; port 0 picks a free
+// one. It starts the node if need be. Accepted connections are *Conn.
+//
+// Nothing is opened on the host: only peers that the policy lets in can connect.
+func (n *Node) Listen(network, addr string) (net.Listener, error) {
+	l, err := n.listen(network, addr)
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: nameAddr{network, addr}, Err: err}
+	}
+	return l, nil
+}
+
+func (n *Node) listen(network, addr string) (net.Listener, error) {
+	s, local, err := n.bind("tcp", network, addr)
+	if err != nil {
+		return nil, err
+	}
+	l, err := s.Stack().Listen(network, local)
+	if err != nil {
+		return nil, s.Refine(inner(err))
+	}
+	return &listener{Listener: l, s: s}, nil
+}
+
+// ListenPacket announces for datagrams on this node's mesh addresses. network
+// is "udp", "udp4" or "udp6". The addresses that ReadFrom returns are *Addr
+// with the sender's identity.
+func (n *Node) ListenPacket(network, addr string) (net.PacketConn, error) {
+	s, local, err := n.bind("udp", network, addr)
+	if err == nil {
+		var c *netstack.PacketConn
+		if c, err = s.Stack().ListenUDP(network, local); err == nil {
+			return &packetConn{PacketConn: c, s: s}, nil
+		}
+		err = s.Refine(inner(err))
+	}
+	return nil, &net.OpError{Op: "listen", Net: network, Addr: nameAddr{network, addr}, Err: err}
+}
+
+// bind starts the node and reads an address to listen on.
+func (n *Node) bind(want, network, addr string) (*session.Session, netip.AddrPort, error) {
+	proto, family, err := splitNetwork(network)
+	if err != nil || proto != want {
+		return nil, netip.AddrPort{}, net.UnknownNetworkError(network)
+	}
+	host, port, err := splitAddr(proto, addr)
+	if err != nil {
+		return nil, netip.AddrPort{}, err
+	}
+	// A node that comes up does so in bounded time, and says what keeps it.
+	s, err := n.running(context.Background())
+	if err != nil {
+		return nil, netip.AddrPort{}, err
+	}
+	if host == "" {
+		return s, netip.AddrPortFrom(netip.Addr{}, port), nil
+	}
+	peer, ip, err := resolve(s.Engine().Map(), host, family)
+	if err != nil {
+		return nil, netip.AddrPort{}, err
+	}
+	if peer != nil {
+		return nil, netip.AddrPort{}, &net.AddrError{Err: "not an address of this node", Addr: addr}
+	}
+	return s, netip.AddrPortFrom(ip, port), nil
+}
+
+type listener struct {
+	*netstack.Listener
+	s *session.Session
+}
+
+// Accept waits for the next connection that the policy admits.
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.AcceptConn()
+		if err != nil {
+			var op *net.OpError
+			if errors.As(err, &op) {
+				op.Err = l.s.Refine(op.Err)
+			}
+			return nil, err
+		}
+		if peer, ok := l.s.Origin(c.Flow()); ok {
+			return &Conn{stackConn: c, peer: peer}, nil
+		}
+		// The peer was removed between handshake and Accept.
+		c.Close()
+	}
+}
+
+type packetConn struct {
+	*netstack.PacketConn
+	s *session.Session
+}
+
+// ReadFrom returns the next datagram of a peer, with its identity.
+func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	for {
+		n, from, err := c.PacketConn.ReadFrom(b)
+		if err != nil {
+			return n, nil, err
+		}
+		remote, ok := addrPortOf(from)
+		if !ok {
+			continue
+		}
+		local, _ := addrPortOf(c.LocalAddr())
+		for _, own := range c.s.Engine().Map().SelfIdentity().Addresses {
+			if local.Addr().IsUnspecified() && own.Is4() == remote.Addr().Is4() {
+				local = netip.AddrPortFrom(own, local.Port())
+			}
+		}
+		if peer, ok := c.s.Origin(netstack.Flow{Proto: netstack.UDP, Local: local, Remote: remote}); ok {
+			return n, &Addr{AddrPort: remote, Peer: peer}, nil
+		}
+		// A reply to what this socket sent is of a flow that we began.
+		if p, ok := c.s.Engine().Map().PeerByAddr(remote.Addr()); ok {
+			return n, &Addr{AddrPort: remote, Peer: c.s.Engine().Map().Identity(p)}, nil
+		}
+	}
+}
+
+// WriteTo sends a datagram to an address of a peer: an *Addr or *net.UDPAddr.
+// An address outside the mesh is ErrUnknownHost.
+func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
+	remote, ok := addrPortOf(to)
+	if !ok {
+		return 0, &net.OpError{Op: "write", Net: "udp", Addr: to, Err: &net.AddrError{Err: "not a mesh address"}}
+	}
+	m := c.s.Engine().Map()
+	if _, ok := m.PeerByAddr(remote.Addr()); !ok && !session.IsSelf(m, remote.Addr()) {
+		return 0, &net.OpError{Op: "write", Net: "udp", Addr: to, Err: unknownHost(remote.Addr().String())}
+	}
+	return c.PacketConn.WriteTo(b, net.UDPAddrFromAddrPort(remote))
+}
+
+func addrPortOf(a net.Addr) (netip.AddrPort, bool) {
+	var ap netip.AddrPort
+	switch a := a.(type) {
+	case *Addr:
+		ap = a.AddrPort
+	case *net.UDPAddr:
+		ap = a.AddrPort()
+	case *net.TCPAddr:
+		ap = a.AddrPort()
+	default:
+		return ap, false
+	}
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()), true
+}
+
+// PeerOf returns the identity of the other end of c. It sees through wrappers
+// with a NetConn method, such as *tls.Conn. It reports false for a connection
+// that is not of the mesh.
+func PeerOf(c net.Conn) (identity.Peer, bool) {
+	for range 16 { // a wrapper that wraps itself must not hang us
+		switch w := c.(type) {
+		case *Conn:
+			return w.peer, true
+		case interface{ NetConn() net.Conn }:
+			c = w.NetConn()
+		default:
+			return identity.Peer{}, false
+		}
+	}
+	return identity.Peer{}, false
+}
+
+type peerKey struct{}
+
+// ConnContext is for http.Server.ConnContext: it puts the peer's identity into
+// the context of each request, for PeerFromContext.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	if p, ok := PeerOf(c); ok {
+		return context.WithValue(ctx, peerKey{}, p)
+	}
+	return ctx
+}
+
+// PeerFromContext returns the identity that ConnContext put into ctx.
+func PeerFromContext(ctx context.Context) (identity.Peer, bool) {
+	p, ok := ctx.Value(peerKey{}).(identity.Peer)
+	return p, ok
+}

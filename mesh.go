@@ -1,0 +1,319 @@
+// Package mesh gives a program its own place on a private, zero-trust network.
+//
+// A [Node] lives inside the process: no root, no TUN device, no open port, no
+// sidecar. It enrols at a coordination server, gets mesh addresses and a name,
+// and talks WireGuard to its peers, directly where a path exists and through a
+// relay otherwise. [Node.Listen] and [Node.Dial] work like package net's; every
+// connection carries the proven identity of the other end ([PeerOf]) and was
+// checked against the policy of the coordination server. Nothing is reachable
+// that the policy does not name, and nothing outside the mesh is ever dialled.
+//
+//	n := &mesh.Node{Hostname: "db", ControlURL: "https://mesh.example.com", AuthKey: key}
+//	defer n.Close()
+//	l, err := n.Listen("tcp", ":5432")
+//
+// The package-level [Listen] and [Dial] use a default node, configured by
+// environment variables alone: MESH_CONTROL_URL, MESH_CONTROL_KEY, MESH_AUTHKEY,
+// MESH_HOSTNAME, MESH_STATE_DIR, MESH_EPHEMERAL and MESH_TAGS. The same variables
+// fill fields of a Node that are empty.
+package mesh
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"go.uber.org/zap"
+
+	"mesh/control"
+	"mesh/control/wire"
+	"mesh/identity"
+	"mesh/internal/engine"
+	"mesh/internal/session"
+)
+
+// Errors to branch on with errors.Is. Each comes wrapped in one that says more.
+var (
+	// ErrDenied: a peer's policy refused. errors.As with *DeniedError tells who.
+	ErrDenied = engine.ErrDenied
+	// ErrUnknownHost: no peer that this node may see has that name or address.
+	ErrUnknownHost = errors.New("unknown host")
+	// ErrPeerOffline: the peer does not answer; *PeerOfflineError tells since when.
+	ErrPeerOffline = errors.New("peer is offline")
+	// ErrNeedsLogin: a person must log in; *NeedsLoginError may have the URL.
+	ErrNeedsLogin = wire.ErrNeedsLogin
+	// ErrKeyExpired: the node's key has expired and there is no auth key.
+	ErrKeyExpired = wire.ErrNodeKeyExpired
+	// ErrRevoked: access was withdrawn while it was in use, or this node was
+	// removed from the mesh.
+	ErrRevoked = engine.ErrRevoked
+	// ErrCloned: another copy of this node's identity runs; the newer one stays.
+	ErrCloned = wire.ErrCloned
+	// The control server does not accept the auth key.
+	ErrAuthKeyUnknown = wire.ErrAuthKeyUnknown
+	ErrAuthKeyExpired = wire.ErrAuthKeyExpired
+	ErrAuthKeyRevoked = wire.ErrAuthKeyRevoked
+	ErrAuthKeyUsed    = wire.ErrAuthKeyUsed
+)
+
+// DeniedError is the refusal of a peer. It matches ErrDenied.
+type DeniedError = engine.DeniedError
+
+// RevokedError ends connections that are no longer allowed. It matches
+// ErrRevoked.
+type RevokedError = engine.RevokedError
+
+// NeedsLoginError says where a person must log in. It matches ErrNeedsLogin.
+type NeedsLoginError = control.NeedsLoginError
+
+// Node is a place on the mesh. The zero value, with MESH_* variables set, is
+// usable. Set fields before the first call of a method and not after; a Node
+// must not be copied. Close it to leave.
+type Node struct {
+	Hostname   string         // name on the mesh; "" is $MESH_HOSTNAME or the program's name
+	ControlURL string         // coordination server; "" is $MESH_CONTROL_URL. There is no default
+	ControlKey string         // pin of the server's key, "mkey:…"; "" is $MESH_CONTROL_KEY or no pin
+	AuthKey    string         // enrolment key; "" is $MESH_AUTHKEY. Ignored while the saved identity is valid
+	Dir        string         // state directory; "" is $MESH_STATE_DIR or mesh/HOSTNAME in the user's config directory
+	Store      identity.Store // keeps the state instead of Dir
+	Ephemeral  bool           // forget me when I leave, keep state in memory; also $MESH_EPHEMERAL
+	Tags       []string       // tags to ask for, "tag:…"; nil is $MESH_TAGS, separated by commas
+	Port       uint16         // UDP port on the host, 0 is any
+	Logger     *zap.Logger    // nil is silent
+
+	// RelayOnly keeps all traffic on relays: no UDP to peers.
+	RelayOnly bool
+	// ListenUDP and DialTCP obtain the host's sockets, to mark or bind them;
+	// nil is package net. They carry ciphertext and control traffic only.
+	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
+	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	mu        sync.Mutex // guards the fields below
+	closed    bool
+	current   *session.Session // nil before the first use and after a failed start
+	transport *http.Transport
+}
+
+// configure fills in the environment. It is the only reader of MESH_* variables
+// and leaves n as it is.
+func (n *Node) configure() (session.Config, error) {
+	or := func(v, env string) string {
+		if v == "" {
+			v = os.Getenv(env)
+		}
+		return strings.TrimSpace(v)
+	}
+	c := session.Config{
+		Hostname:   or(n.Hostname, "MESH_HOSTNAME"),
+		ControlURL: or(n.ControlURL, "MESH_CONTROL_URL"),
+		AuthKey:    or(n.AuthKey, "MESH_AUTHKEY"),
+		Ephemeral:  n.Ephemeral,
+		Tags:       n.Tags,
+		Port:       n.Port,
+		RelayOnly:  n.RelayOnly,
+		ListenUDP:  n.ListenUDP,
+		DialTCP:    n.DialTCP,
+		Logger:     n.Logger,
+	}
+	if c.ControlURL == "" {
+		return c, errors.New("no control server: set Node.ControlURL or MESH_CONTROL_URL to its URL, which `mesh serve` prints")
+	}
+	if pin := or(n.ControlKey, "MESH_CONTROL_KEY"); pin != "" {
+		k, err := identity.ParseMachinePublic(pin)
+		if err != nil {
+			return c, fmt.Errorf("Node.ControlKey or MESH_CONTROL_KEY: %w", err)
+		}
+		c.ControlKey = k
+	}
+	if e := os.Getenv("MESH_EPHEMERAL"); e != "" && !c.Ephemeral {
+		v, err := strconv.ParseBool(e)
+		if err != nil {
+			return c, fmt.Errorf("MESH_EPHEMERAL: want true or false, got %q", e)
+		}
+		c.Ephemeral = v
+	}
+	if c.Tags == nil {
+		for _, t := range strings.Split(os.Getenv("MESH_TAGS"), ",") {
+			if t = strings.TrimSpace(t); t != "" {
+				c.Tags = append(c.Tags, t)
+			}
+		}
+	}
+	for _, t := range c.Tags {
+		if !strings.HasPrefix(t, "tag:") || len(t) == len("tag:") {
+			return c, fmt.Errorf("tag %q: want \"tag:NAME\"", t)
+		}
+	}
+	if c.Hostname == "" {
+		c.Hostname = strings.TrimSuffix(filepath.Base(os.Args[0]), ".exe")
+	}
+	store, dir := n.Store, or(n.Dir, "MESH_STATE_DIR")
+	c.OpenStore = func() (identity.Store, func() error, error) {
+		none := func() error { return nil }
+		switch {
+		case store != nil:
+			return store, none, nil
+		case c.Ephemeral:
+			return new(identity.MemoryStore), none, nil
+		}
+		return openDir(dir, c.Hostname)
+	}
+	return c, nil
+}
+
+func openDir(dir, hostname string) (identity.Store, func() error, error) {
+	if dir == "" {
+		base, err := os.UserConfigDir()
+		if err != nil {
+			return nil, nil, fmt.Errorf("no place for the node's state: %w; set Node.Dir or MESH_STATE_DIR", err)
+		}
+		dir = filepath.Join(base, "mesh", dirName(hostname))
+	}
+	f, err := identity.OpenFileStore(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	return f, f.Close, nil
+}
+
+// dirName makes a file name of a host name, whatever is in it.
+func dirName(hostname string) string {
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= '0' && r <= '9', r == '-', r == '_':
+			return r
+		case r >= 'A' && r <= 'Z':
+			return r + 'a' - 'A'
+		}
+		return '-'
+	}, hostname)
+	if len(name) > 63 {
+		name = name[:63]
+	}
+	if strings.Trim(name, "-") == "" {
+		return "node"
+	}
+	return name
+}
+
+// running returns the node's session, started and up. ctx bounds only the wait.
+func (n *Node) running(ctx context.Context) (*session.Session, error) {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil, net.ErrClosed
+	}
+	s := n.current
+	if s == nil {
+		cfg, err := n.configure()
+		if err != nil {
+			n.mu.Unlock()
+			return nil, err
+		}
+		s = session.Start(cfg)
+		n.current = s
+	}
+	n.mu.Unlock()
+
+	err := s.Wait(ctx)
+	if err == nil {
+		return s, nil
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, net.ErrClosed
+	}
+	// A start that failed may be tried again by the next call; a node that was
+	// up and was put out stays out.
+	if n.current == s && s.Err() != nil && !s.WasUp() {
+		<-s.Finished() // it has ended; what is left takes moments
+		n.current = nil
+	}
+	return nil, err
+}
+
+// Up starts the node, waits until peers can reach it, and returns its Status.
+// It fails at once if the node cannot enrol: the error says why and what to do.
+func (n *Node) Up(ctx context.Context) (*Status, error) {
+	if _, err := n.running(ctx); err != nil {
+		return nil, fmt.Errorf("mesh: %w", err)
+	}
+	return n.Status(), nil
+}
+
+// Close leaves the mesh: connections and listeners end, and an ephemeral node
+// is forgotten by the control server. It returns when nothing of the node is
+// left running. It may be called at any time, also twice and while the node
+// starts; after it every method fails with net.ErrClosed.
+func (n *Node) Close() error {
+	n.mu.Lock()
+	n.closed = true
+	s, t := n.current, n.transport
+	n.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.Stop(net.ErrClosed)
+	<-s.Finished()
+	if t != nil {
+		t.CloseIdleConnections()
+	}
+	return nil
+}
+
+// WhoIs tells which node has a mesh address; the port does not matter. It asks
+// the netmap in memory, no server.
+func (n *Node) WhoIs(addr netip.AddrPort) (identity.Peer, bool) {
+	s := n.upNow()
+	if s == nil {
+		return identity.Peer{}, false
+	}
+	return s.WhoIs(addr.Addr())
+}
+
+// upNow returns the session if the node is up, else nil.
+func (n *Node) upNow() *session.Session {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.current == nil || !n.current.WasUp() {
+		return nil
+	}
+	return n.current
+}
+
+// Status describes a node at one moment. It holds no secret.
+type Status = session.Status
+
+// PeerStatus describes a peer that this node may see.
+type PeerStatus = session.PeerStatus
+
+// Status returns what the node knows now. It starts nothing.
+func (n *Node) Status() *Status {
+	s := n.upNow()
+	if s == nil {
+		return &Status{Control: "not started"}
+	}
+	return s.Status()
+}
+
+// defaultNode serves the package-level functions.
+var defaultNode Node
+
+// Listen listens on the default node, which MESH_* variables configure. See
+// Node.Listen.
+func Listen(network, addr string) (net.Listener, error) { return defaultNode.Listen(network, addr) }
+
+// Dial dials from the default node, which MESH_* variables configure. See
+// Node.Dial.
+func Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	return defaultNode.Dial(ctx, network, addr)
+}
