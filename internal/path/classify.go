@@ -34,7 +34,7 @@ func (p *Path) readUDP(s *socket) {
 		case err == nil:
 			failed = 0
 			p.fromUDP(from, datagrams)
-		case errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil:
+		case errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil || !p.current(s):
 			return
 		default:
 			// Some systems report here what a datagram sent earlier met.
@@ -45,6 +45,12 @@ func (p *Path) readUDP(s *socket) {
 			}
 		}
 	}
+}
+
+// current reports whether a socket is in use, not replaced.
+func (p *Path) current(s *socket) bool {
+	now := p.socks.Load()
+	return s == now.v4 || s == now.v6
 }
 
 func (p *Path) sleep(d time.Duration) bool {

@@ -357,20 +357,15 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 	return nil
 }
 
-// relayFor returns the region by which to reach a peer, 0 = none. While the
+// relayOf returns the region by which to reach a peer, 0 = none. While the
 // connection to the peer's home is being made, the one by which it was heard
 // serves.
-func (p *Path) relayFor(pe *peer) int {
+func (p *Path) relayOf(pe *peer) int {
 	home, heard := int(pe.home.Load()), int(pe.heard.Load())
 	switch {
 	case p.relays.connected(home):
 		return home
 	case p.relays.connected(heard):
-		if r := p.relays.get(home); r != nil {
-			r.used.Store(int64(p.now()))
-			r.start()
-			p.checkIdle()
-		}
 		return heard
 	case p.relays.has(home):
 		return home
@@ -378,6 +373,20 @@ func (p *Path) relayFor(pe *peer) int {
 		return heard
 	}
 	return 0
+}
+
+// relayFor returns the region by which to send to a peer now, 0 = none, and
+// begins to connect to its home if that is another.
+func (p *Path) relayFor(pe *peer) int {
+	region := p.relayOf(pe)
+	if home := int(pe.home.Load()); home != 0 && region != home {
+		if r := p.relays.get(home); r != nil {
+			r.used.Store(int64(p.now()))
+			r.start()
+			p.checkIdle()
+		}
+	}
+	return region
 }
 
 // sendRelay sends by a relay, which is connected if need be.

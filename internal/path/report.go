@@ -97,7 +97,7 @@ func (p *Path) Status(key identity.NodePublic) PeerStatus {
 	if pe == nil {
 		return PeerStatus{}
 	}
-	region := p.relayFor(pe)
+	region := p.relayOf(pe)
 	now := p.now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
