@@ -1,0 +1,503 @@
+package policy
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"mesh/control/wire"
+)
+
+func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+func testNodes() []Node {
+	n := func(id int, user string, tags ...string) Node {
+		return Node{ID: wire.NodeID(id), User: user, Tags: tags,
+			Addrs: []netip.Addr{addr(fmt.Sprintf("100.64.0.%d", id)), addr(fmt.Sprintf("fd7a:115c:a1e0::%x", id))}}
+	}
+	router := n(5, "", "tag:router")
+	router.Routes = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("0.0.0.0/0")}
+	carol := n(6, "carol")
+	carol.Email = "Carol@example.com"
+	return []Node{n(1, "alice@example.com"), n(2, "alice@example.com"), n(3, "bob"), n(4, "bob", "tag:db"), router, carol}
+}
+
+const testPolicy = `{
+	"groups": {"group:ops": ["alice@example.com"]},
+	"tagOwners": {"tag:db": ["group:ops"], "tag:router": []},
+	"hosts": {"lan": "10.1.2.0/24"},
+	"acls": [
+		{"action": "accept", "src": ["group:ops"], "dst": ["tag:db:5432"]},
+		{"action": "accept", "src": ["ALICE@example.com"], "dst": ["tag:db:5432,80"]},
+		{"action": "accept", "src": ["autogroup:member"], "dst": ["autogroup:self:*"], "proto": "tcp"},
+		{"action": "accept", "src": ["bob@"], "dst": ["lan:443"]},
+		{"action": "accept", "src": ["carol@example.com"], "dst": ["autogroup:internet:*"]},
+	],
+}`
+
+func format(rules []wire.FilterRule) string {
+	var out []string
+	for _, r := range rules {
+		var dsts []string
+		for i, d := range r.DstPorts {
+			dsts = append(dsts, fmt.Sprintf("%s:%d-%d%v", d.IP, d.Ports.First, d.Ports.Last, r.MeshOrigins[i]))
+		}
+		out = append(out, fmt.Sprintf("%v -> %v %v", r.SrcIPs, dsts, r.IPProto))
+	}
+	return strings.Join(out, "\n")
+}
+
+func TestFilter(t *testing.T) {
+	c := Compile(mustParse(t, testPolicy), testNodes())
+	for id, want := range map[wire.NodeID]string{
+		1: `[100.64.0.1-100.64.0.2 fd7a:115c:a1e0::1-fd7a:115c:a1e0::2] -> [100.64.0.1:0-65535[{acls[2] 8}] fd7a:115c:a1e0::1:0-65535[{acls[2] 8}]] [6]`,
+		3: `[100.64.0.3 fd7a:115c:a1e0::3] -> [100.64.0.3:0-65535[{acls[2] 8}] fd7a:115c:a1e0::3:0-65535[{acls[2] 8}]] [6]`,
+		4: `[100.64.0.1-100.64.0.2 fd7a:115c:a1e0::1-fd7a:115c:a1e0::2] -> [100.64.0.4:5432-5432[{acls[0] 6}] fd7a:115c:a1e0::4:5432-5432[{acls[0] 6}]] []
+[100.64.0.1-100.64.0.2 fd7a:115c:a1e0::1-fd7a:115c:a1e0::2] -> [100.64.0.4:5432-5432[{acls[1] 7}] 100.64.0.4:80-80[{acls[1] 7}] fd7a:115c:a1e0::4:5432-5432[{acls[1] 7}] fd7a:115c:a1e0::4:80-80[{acls[1] 7}]] []`,
+		5:  `[100.64.0.3 fd7a:115c:a1e0::3] -> [10.1.2.0/24:443-443[{acls[3] 9}]] []`,
+		99: ``,
+	} {
+		if got := format(c.Filter(id)); got != want {
+			t.Errorf("filter of %d:\n%s\nwant\n%s", id, got, want)
+		}
+	}
+	for id, want := range map[wire.NodeID]string{1: "[2 4]", 2: "[1 4]", 3: "[5]", 4: "[1 2]", 5: "[3 6]", 6: "[5]", 99: "[]"} {
+		if got := fmt.Sprint(c.Visible(id)); got != want {
+			t.Errorf("peers of %d: %s, want %s", id, got, want)
+		}
+	}
+	if got := fmt.Sprint(c.Routes(3, 5), c.Routes(6, 5), c.Routes(1, 5), c.Routes(5, 3), c.Routes(99, 5)); got != "[10.1.0.0/16] [0.0.0.0/0] [] [] []" {
+		t.Errorf("routes: %s", got)
+	}
+	if got := fmt.Sprint(Compile(nil, testNodes()).Filter(1), Compile(nil, testNodes()).Visible(1)); got != "[] []" {
+		t.Errorf("no policy: %s", got)
+	}
+	if got := Compile(mustParse(t, `{"acls": []}`), testNodes()); len(got.Filter(1)) != 0 || got.Filter(1) == nil || len(got.Visible(1)) != 0 {
+		t.Error("an empty list of rules allows something")
+	}
+	if got := format(Compile(mustParse(t, `{}`), testNodes()[:2]).Filter(1)); got !=
+		`[100.64.0.0-100.115.91.255 100.115.94.0-100.127.255.255 fd7a:115c:a1e0::/48] -> [*:0-65535[{default 0}]] []` {
+		t.Errorf("a policy without rules: %s", got)
+	}
+}
+
+// Rules with one source list and protocol become one on the wire, which names
+// all of them.
+func TestFilterMerges(t *testing.T) {
+	c := Compile(mustParse(t, `{"tagOwners": {"tag:db": []}, "acls": [
+		{"action": "accept", "src": ["bob@", "*"], "dst": ["tag:db:80"]},
+		{"action": "accept", "src": ["*"], "dst": ["tag:db:1"]},
+		{"action": "accept", "src": ["*", "bob@"], "dst": ["tag:db:80,81"]},
+		{"action": "accept", "src": ["*", "bob@"], "dst": ["tag:db:80"], "proto": "udp"}]}`), testNodes())
+	f := c.Filter(4)
+	if len(f) != 3 || fmt.Sprint(f[0].MeshOrigins) != "[[{acls[0] 2} {acls[2] 4}] [{acls[0] 2} {acls[2] 4}] [{acls[2] 4}] [{acls[2] 4}]]" {
+		t.Errorf("%s", format(f))
+	}
+}
+
+func TestTaggedNodesHaveNoUser(t *testing.T) {
+	c := Compile(mustParse(t, `{"tagOwners": {"tag:db": []}, "acls": [{"action": "accept", "src": ["bob@", "autogroup:member"], "dst": ["tag:db:*"]}]}`),
+		[]Node{{ID: 1, User: "bob", Tags: []string{"tag:db"}, Addrs: []netip.Addr{addr("100.64.0.1")}},
+			{ID: 2, Addrs: []netip.Addr{addr("100.64.0.2")}}})
+	if f := c.Filter(1); len(f) != 0 {
+		t.Errorf("%s", format(f))
+	}
+	if c.Upsert(Node{ID: 1, User: "bob", Addrs: []netip.Addr{addr("100.64.0.1")}}); len(c.Visible(1)) != 0 {
+		t.Error("visible")
+	}
+}
+
+// naive answers from the text of a policy's rules and a node alone.
+type naive struct {
+	p     *Policy
+	nodes []Node
+}
+
+func (w naive) isUser(n Node, u userRef) bool {
+	return len(n.Tags) == 0 && n.User != "" && (canonicalUser(n.User) == u || n.Email != "" && canonicalUser(n.Email) == u)
+}
+
+// is reports whether a selector matches the node by name.
+func (w naive) is(s *selector, n Node) bool {
+	switch s.kind {
+	case kindAll:
+		return true
+	case kindUser:
+		return w.isUser(n, userRef(s.name))
+	case kindGroup:
+		return slices.ContainsFunc(w.p.groups[s.name], func(u userRef) bool { return w.isUser(n, u) })
+	case kindTag:
+		return slices.Contains(n.Tags, s.name)
+	case kindMember:
+		return len(n.Tags) == 0 && n.User != ""
+	case kindTagged:
+		return len(n.Tags) > 0
+	case kindInternet:
+		return slices.Contains(n.Routes, netip.MustParsePrefix("0.0.0.0/0"))
+	}
+	return false
+}
+
+func (w naive) near(s *selector, n Node) bool {
+	if s.kind == kindPrefix {
+		return slices.ContainsFunc(n.Addrs, s.prefix.Contains) ||
+			slices.ContainsFunc(n.Routes, func(r netip.Prefix) bool { return r.Bits() > 0 && r.Overlaps(s.prefix) })
+	}
+	return w.is(s, n)
+}
+
+// source reports whether an address is among the sources of rules for "to".
+func (w naive) source(a *acl, src netip.Addr, self *Node) bool {
+	for _, n := range w.nodes {
+		for _, s := range a.srcs {
+			if self != nil && (len(n.Tags) > 0 || n.User == "" || canonicalUser(n.User) != canonicalUser(self.User)) {
+				continue
+			}
+			if s.kind == kindAll && self == nil {
+				for _, r := range n.Routes {
+					if r.Bits() > 0 && r.Contains(src) {
+						return true
+					}
+				}
+			} else if w.is(s, n) && slices.Contains(n.Addrs, src) {
+				return true
+			}
+		}
+	}
+	for _, s := range a.srcs {
+		if s.kind == kindAll && self == nil && slices.ContainsFunc(meshRanges, func(r addrRange) bool {
+			return r.first.BitLen() == src.BitLen() && !src.Less(r.first) && !r.last.Less(src)
+		}) || s.kind == kindPrefix && s.prefix.Contains(src) {
+			return true
+		}
+	}
+	return false
+}
+
+func (w naive) allows(src netip.Addr, to Node, dst netip.Addr, proto int, port uint16) bool {
+	for i := range w.p.acls {
+		a := &w.p.acls[i]
+		protos := a.protos
+		if protos == nil {
+			protos = []int{6, 17, 1, 58}
+		}
+		for _, d := range a.dsts {
+			var self *Node
+			switch {
+			case d.sel.kind == kindAll:
+			case d.sel.kind == kindInternet:
+				continue
+			case d.sel.kind == kindPrefix:
+				if !d.sel.prefix.Contains(dst) || !w.near(d.sel, to) {
+					continue
+				}
+			case d.sel.kind == kindSelf:
+				if len(to.Tags) > 0 || to.User == "" || !slices.Contains(to.Addrs, dst) {
+					continue
+				}
+				self = &to
+			case !w.is(d.sel, to) || !slices.Contains(to.Addrs, dst):
+				continue
+			}
+			if slices.Contains(protos, proto) && w.source(a, src, self) &&
+				slices.ContainsFunc(d.ports, func(p portRange) bool { return p.first <= port && port <= p.last }) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// talks reports whether a may begin to talk to b.
+func (w naive) talks(a, b Node) bool {
+	for _, r := range w.p.acls {
+		if !slices.ContainsFunc(r.srcs, func(s *selector) bool { return w.near(s, a) }) {
+			continue
+		}
+		for _, d := range r.dsts {
+			if d.sel.kind == kindSelf {
+				if len(a.Tags) == 0 && len(b.Tags) == 0 && a.User != "" && canonicalUser(a.User) == canonicalUser(b.User) {
+					return true
+				}
+			} else if w.near(d.sel, b) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+type maker struct{ *rand.Rand }
+
+func (m maker) pick(list ...string) string { return list[m.IntN(len(list))] }
+
+var someSelectors = []string{"*", "alice@example.com", "bob@", "carol@example.com", "group:a", "group:b", "group:empty", "tag:x", "tag:y",
+	"autogroup:member", "autogroup:tagged", "100.64.0.3", "fd7a:115c:a1e0::4", "100.64.0.0/29", "lan", "10.1.2.0/24", "192.168.0.0/16"}
+
+func (m maker) policy() string {
+	var acls []string
+	for range m.IntN(8) {
+		var srcs, dsts []string
+		for range m.IntN(4) {
+			srcs = append(srcs, fmt.Sprintf("%q", m.pick(someSelectors...)))
+		}
+		proto := m.pick("", "", "tcp", "udp", "icmp", "sctp", "47")
+		for range m.IntN(4) {
+			ports := "*"
+			if proto != "icmp" && proto != "47" {
+				ports = m.pick("*", "22", "1-65535", "80,443", "22-80")
+			}
+			sel := m.pick(someSelectors...)
+			if m.IntN(8) == 0 {
+				sel = "autogroup:internet"
+			}
+			dsts = append(dsts, fmt.Sprintf("%q", sel+":"+ports))
+		}
+		if m.IntN(4) == 0 {
+			srcs = []string{`"autogroup:member"`, `"bob@"`, `"*"`, `"group:a"`}[m.IntN(4):][:1]
+			dsts = append(dsts, `"autogroup:self:22"`)
+			if proto == "icmp" || proto == "47" {
+				proto = ""
+			}
+		}
+		p := ""
+		if proto != "" {
+			p = fmt.Sprintf(`, "proto": %q`, proto)
+		}
+		acls = append(acls, fmt.Sprintf(`{"action": "accept", "src": [%s], "dst": [%s]%s}`, strings.Join(srcs, ","), strings.Join(dsts, ","), p))
+	}
+	return `{"groups": {"group:a": ["alice@example.com", "bob@"], "group:b": ["carol@example.com"], "group:empty": []},
+		"tagOwners": {"tag:x": [], "tag:y": []}, "hosts": {"lan": "10.1.0.0/16"}, "acls": [` + strings.Join(acls, ",\n") + "]}"
+}
+
+func (m maker) node(id int) Node {
+	n := Node{ID: wire.NodeID(id)}
+	switch m.IntN(4) {
+	case 0:
+		n.Tags = []string{m.pick("tag:x", "tag:y")}
+		if m.IntN(3) == 0 {
+			n.Tags = []string{"tag:x", "tag:y"}
+		}
+		n.User = m.pick("", "bob")
+	case 1:
+		n.User, n.Email = "carol", "carol@example.com"
+	default:
+		n.User = m.pick("alice@example.com", "Bob", "dave", "ALICE@example.com")
+	}
+	n.Addrs = []netip.Addr{addr(fmt.Sprintf("100.64.0.%d", id)), addr(fmt.Sprintf("fd7a:115c:a1e0::%x", id))}
+	if m.IntN(3) == 0 {
+		n.Routes = append(n.Routes, netip.MustParsePrefix(m.pick("10.1.0.0/16", "192.168.1.0/24", "10.0.0.0/8", "0.0.0.0/0")))
+	}
+	return n
+}
+
+// Filters and peers say what the naive reading says, on random policies.
+func TestEqualsNaive(t *testing.T) {
+	accepted, total := 0, 0
+	for seed := range uint64(300) {
+		m := maker{rand.New(rand.NewPCG(seed, 1))}
+		text := m.policy()
+		w := naive{p: mustParse(t, text)}
+		for i := range 1 + m.IntN(8) {
+			w.nodes = append(w.nodes, m.node(i+1))
+		}
+		c := Compile(w.p, w.nodes)
+		for _, to := range w.nodes {
+			f := c.Filter(to.ID)
+			rules := flatten(f)
+			for range 60 {
+				from := w.nodes[m.IntN(len(w.nodes))]
+				i := m.IntN(2)
+				src, dst := from.Addrs[i], to.Addrs[i]
+				if m.IntN(4) == 0 {
+					src = addr(m.pick("10.1.2.9", "192.168.1.1", "100.64.0.3", "100.115.92.1", "100.115.94.0", "8.8.8.8"))
+				}
+				if m.IntN(4) == 0 {
+					dst = addr(m.pick("10.1.2.9", "192.168.1.1", "8.8.8.8"))
+				}
+				if src.Is4() != dst.Is4() {
+					continue
+				}
+				proto, port := []int{6, 17, 132, 47, 1, 58}[m.IntN(6)], []uint16{0, 1, 21, 22, 23, 79, 80, 81, 443, 65535}[m.IntN(10)]
+				want := w.allows(src, to, dst, proto, port)
+				if got := allows(rules, src, dst, proto, port); got != want {
+					t.Fatalf("seed %d: %v to %v (node %d) protocol %d port %d: %v, want %v\n%s\n%s", seed, src, dst, to.ID, proto, port, got, want, text, format(f))
+				}
+				total++
+				if want {
+					accepted++
+				}
+			}
+			for _, from := range w.nodes {
+				proto, port := []int{6, 17, 132}[m.IntN(3)], []uint16{1, 22, 80, 443}[m.IntN(4)]
+				want := w.allows(from.Addrs[0], to, to.Addrs[0], proto, port) || w.allows(from.Addrs[1], to, to.Addrs[1], proto, port)
+				if _, got := c.CanReach(from.ID, to.ID, uint8(proto), port); got != want {
+					t.Fatalf("seed %d: node %d can reach %d: %v, want %v\n%s", seed, from.ID, to.ID, got, want, text)
+				}
+				if from.ID != to.ID {
+					want = w.talks(from, to) || w.talks(to, from)
+					if got := slices.Contains(c.Visible(to.ID), from.ID); got != want {
+						t.Fatalf("seed %d: %d sees %d: %v, want %v\n%s", seed, to.ID, from.ID, got, want, text)
+					}
+				}
+			}
+		}
+	}
+	if accepted < total/20 || accepted > total*19/20 {
+		t.Errorf("%d of %d accepted: not a fair test", accepted, total)
+	}
+}
+
+// view is all that a node is told.
+func view(c *Compiled, id wire.NodeID) string {
+	var b strings.Builder
+	fmt.Fprintln(&b, format(c.Filter(id)))
+	for _, peer := range c.Visible(id) {
+		fmt.Fprintln(&b, peer, c.Routes(id, peer))
+	}
+	return b.String()
+}
+
+// After any change the compiled policy is what a fresh one would be, and nodes
+// not named as affected are told the same as before.
+func TestIncrementalEqualsFull(t *testing.T) {
+	for seed := range uint64(40) {
+		m := maker{rand.New(rand.NewPCG(seed, 2))}
+		text := m.policy()
+		p := mustParse(t, text)
+		c := Compile(p, nil)
+		nodes := make(map[wire.NodeID]Node)
+		before := make(map[wire.NodeID]string)
+		for step := range 120 {
+			id := 1 + m.IntN(12)
+			var affected []wire.NodeID
+			if m.IntN(4) == 0 {
+				delete(nodes, wire.NodeID(id))
+				affected = c.Remove(wire.NodeID(id))
+				delete(before, wire.NodeID(id))
+			} else {
+				n := m.node(id)
+				if m.IntN(6) == 0 {
+					n.Addrs = []netip.Addr{addr(fmt.Sprintf("100.64.0.%d", 1+m.IntN(12)))}
+				}
+				affected = c.Upsert(n)
+				if old, ok := nodes[n.ID]; ok && reflect.DeepEqual(old, n) && affected != nil {
+					t.Fatalf("seed %d: nothing changed, affected %v", seed, affected)
+				}
+				nodes[n.ID] = n
+			}
+			if !slices.IsSorted(affected) {
+				t.Fatalf("affected %v", affected)
+			}
+			var list []Node
+			for _, n := range nodes {
+				list = append(list, n)
+			}
+			full := Compile(p, list)
+			for id := range nodes {
+				got, want := view(c, id), view(full, id)
+				if got != want {
+					t.Fatalf("seed %d step %d: node %d is told\n%s\nwant\n%s\n%s", seed, step, id, got, want, text)
+				}
+				if got != before[id] && !slices.Contains(affected, id) {
+					t.Fatalf("seed %d step %d: node %d not among the affected %v, but changed from\n%s\nto\n%s\n%s", seed, step, id, affected, before[id], got, text)
+				}
+				before[id] = got
+			}
+		}
+	}
+}
+
+// A large policy that mentions everybody everywhere compiles in bounded memory.
+func TestExplodingGroups(t *testing.T) {
+	p := mustParse(t, groups(100, 500))
+	var nodes []Node
+	for i := range 500 {
+		nodes = append(nodes, Node{ID: wire.NodeID(i + 1), User: fmt.Sprintf("user%d@x", i), Addrs: []netip.Addr{addr(fmt.Sprintf("100.64.%d.%d", i>>8, i&255))}})
+	}
+	c := Compile(p, nodes)
+	f := c.Filter(1)
+	if len(f) != 1 || len(f[0].SrcIPs) != 2 && len(f[0].SrcIPs) != 1 || len(f[0].MeshOrigins[0]) != 100 {
+		t.Errorf("%d rules, sources %v", len(f), f[0].SrcIPs)
+	}
+}
+
+func bench(n, rules int) (string, []Node) {
+	m := maker{rand.New(rand.NewPCG(1, 3))}
+	var owners, acls []string
+	for i := range 100 {
+		owners = append(owners, fmt.Sprintf(`"tag:t%d": []`, i))
+	}
+	for range rules {
+		acls = append(acls, fmt.Sprintf(`{"action":"accept","src":["tag:t%d","user%d@x"],"dst":["tag:t%d:%d"]}`, m.IntN(100), m.IntN(100), m.IntN(100), 1+m.IntN(60000)))
+	}
+	var nodes []Node
+	for i := range n {
+		node := Node{ID: wire.NodeID(i + 1), Addrs: []netip.Addr{
+			netip.AddrFrom4([4]byte{100, 64 + byte(i>>16), byte(i >> 8), byte(i)}),
+			netip.AddrFrom16([16]byte{0xfd, 0x7a, 0x11, 0x5c, 0xa1, 0xe0, 13: byte(i >> 16), 14: byte(i >> 8), 15: byte(i)})}}
+		if i%2 == 0 {
+			node.Tags = []string{fmt.Sprintf("tag:t%d", m.IntN(100))}
+		} else {
+			node.User = fmt.Sprintf("user%d@x", m.IntN(100))
+		}
+		nodes = append(nodes, node)
+	}
+	return `{"tagOwners": {` + strings.Join(owners, ",") + `}, "acls": [` + strings.Join(acls, ",") + "]}", nodes
+}
+
+// BenchmarkFull parses nothing: it applies 500 rules to the nodes and asks for
+// each node's filter and peers.
+func BenchmarkFull(b *testing.B) {
+	for _, n := range []int{1000, 10000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			text, nodes := bench(n, 500)
+			p := mustParse(b, text)
+			b.ReportAllocs()
+			for b.Loop() {
+				c := Compile(p, nodes)
+				for _, n := range nodes {
+					c.Filter(n.ID)
+					c.Visible(n.ID)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkJoin adds and removes a node, and asks for what the affected are told.
+func BenchmarkJoin(b *testing.B) {
+	for _, n := range []int{1000, 10000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			text, nodes := bench(n, 500)
+			c := Compile(mustParse(b, text), nodes)
+			join := nodes[0]
+			join.ID = 1 << 30
+			join.Addrs = []netip.Addr{addr("100.99.0.1")}
+			affected := 0
+			b.ReportAllocs()
+			for b.Loop() {
+				ids := c.Upsert(join)
+				for _, id := range ids {
+					c.Filter(id)
+					c.Visible(id)
+				}
+				affected += len(ids)
+				c.Remove(join.ID)
+			}
+			b.ReportMetric(float64(affected)/float64(b.N), "affected/op")
+		})
+	}
+}
+
+func BenchmarkParse(b *testing.B) {
+	text, _ := bench(1, 500)
+	b.SetBytes(int64(len(text)))
+	for b.Loop() {
+		mustParse(b, text)
+	}
+}

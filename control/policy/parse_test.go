@@ -1,0 +1,280 @@
+package policy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func mustParse(t testing.TB, text string) *Policy {
+	t.Helper()
+	p, err := Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestErrors(t *testing.T) {
+	const head = `{"groups": {"group:ops": ["alice@example.com"]}, "tagOwners": {"tag:db": []}, "hosts": {"printer": "10.0.0.7"},` + "\n"
+	src := func(s string) string {
+		return head + `"acls": [{"action": "accept", "src": [` + s + `], "dst": ["*:*"]}]}`
+	}
+	dst := func(s string) string {
+		return head + `"acls": [{"action": "accept", "src": ["*"], "dst": [` + s + `]}]}`
+	}
+	for _, tt := range []struct {
+		name, text, want string
+	}{
+		{"empty", "", `parsing value: unexpected EOF at line 1, column 1`},
+		{"not an object", `[]`, `policy must be an object at line 1, column 1`},
+		{"broken", "{\n  \"acls\": [}", `invalid character '}' at start of value at line 2, column 12`},
+		{"member in place of another", "{\n  // comment\n  \"acl\": []}", `unknown member "acl" at line 3, column 3: did you mean "acls"?`},
+		{"unlike any member", `{"zzzzzzzz": 1}`, `unknown member "zzzzzzzz" at line 1, column 2`},
+		{"not yet", `{"grants": []}`, `member "grants" is not supported yet at line 1, column 2`},
+		{"column in characters", `{"hosts": {}, /* äöü */ "acl": []}`, `unknown member "acl" at line 1, column 25: did you mean "acls"?`},
+		{"duplicate", `{"acls": [], "acls": []}`, `duplicate member "acls" at line 1, column 14`},
+		{"duplicate group", `{"groups": {"group:a": [], "group:a": ["x@"]}, "acls": []}`, `duplicate member "group:a" at line 1, column 28`},
+		{"byte order mark", "\ufeff{}", `policy starts with a byte order mark at line 1, column 1: save the file without it`},
+		{"invalid UTF-8", "{\n \"a\xff\": 1}", `invalid UTF-8 at line 2, column 4`},
+		{"acls not an array", `{"acls": {}}`, `"acls" must be an array at line 1, column 10`},
+		{"acl not an object", `{"acls": [1]}`, `acls[0] must be an object at line 1, column 11`},
+		{"no action", `{"acls": [{"src": ["*"], "dst": ["*:*"]}]}`, `acls[0] has no "action" at line 1, column 11`},
+		{"no src", `{"acls": [{"action": "accept", "dst": ["*:*"]}]}`, `acls[0] has no "src" at line 1, column 11`},
+		{"deny", `{"acls": [{"action": "deny", "src": ["*"], "dst": ["*:*"]}]}`, `action "deny" at line 1, column 22: everything is denied but what is accepted, so the only action is "accept"`},
+		{"old members", `{"acls": [{"action": "accept", "srcs": ["*"], "dst": ["*:*"]}]}`, `unknown member "srcs" at line 1, column 32: did you mean "src"?`},
+		{"posture", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "srcPosture": []}]}`, `member "srcPosture" is not supported yet at line 1, column 62`},
+		{"proto", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "tpc"}]}`, `unknown protocol "tpc" at line 1, column 71`},
+		{"proto 256", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "256"}]}`, `unknown protocol "256" at line 1, column 71`},
+		{"proto 0", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "0"}]}`, `unknown protocol "0" at line 1, column 71`},
+		{"ports of icmp", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:22"], "proto": "icmp"}]}`, `dst "*:22": the protocol has no ports at line 1, column 54: write "*"`},
+		{"src a number", src(`5`), `src must be a string at line 2, column 39`},
+		{"empty src", src(`""`), `empty src at line 2, column 39`},
+		{"undefined group", src(`"group:opps"`), `undefined group "group:opps" at line 2, column 39: did you mean "group:ops"?`},
+		{"undefined tag", src(`"tag:web-frontend"`), `undefined tag "tag:web-frontend" at line 2, column 39`},
+		{"undefined host", src(`"printr"`), `undefined host "printr" at line 2, column 39: did you mean "printer"?`},
+		{"plain login name", src(`"bob"`), `undefined host "bob" at line 2, column 39: a user is written "bob@"`},
+		{"bad user", src(`"a@b@c"`), `malformed user "a@b@c" at line 2, column 39`},
+		{"bad address", src(`"10.0.0.0/33"`), `"10.0.0.0/33" is neither an address nor a network at line 2, column 39`},
+		{"zone", src(`"fe80::1%eth0"`), `"fe80::1%eth0" has a zone at line 2, column 39`},
+		{"/0 as src", src(`"0.0.0.0/0"`), `src "0.0.0.0/0" at line 2, column 39: to mean all addresses write "*"`},
+		{"self as src", src(`"autogroup:self"`), `"autogroup:self" is not allowed in src at line 2, column 39`},
+		{"autogroup misspelt", src(`"autogroup:members"`), `unknown autogroup "autogroup:members" at line 2, column 39: did you mean "autogroup:member"?`},
+		{"autogroup not yet", src(`"autogroup:admin"`), `"autogroup:admin" is not supported yet at line 2, column 39`},
+		{"ipset", src(`"ipset:prod"`), `"ipset:prod" is not supported yet at line 2, column 39`},
+		{"no ports", dst(`"*"`), `dst "*" has no ports at line 2, column 53: write "*:*" for all of them`},
+		{"tag without ports", dst(`"tag:db"`), `dst "tag:db" has no ports at line 2, column 53: write "tag:db:*" for all of them`},
+		{"empty ports", dst(`"tag:db:"`), `dst "tag:db:": no ports at line 2, column 53`},
+		{"port by name", dst(`"tag:db:ssh"`), `dst "tag:db:ssh": bad port range "ssh" at line 2, column 53`},
+		{"port 0", dst(`"tag:db:0"`), `dst "tag:db:0": port range "0": the first port must be greater than 0; "*" means all at line 2, column 53`},
+		{"port 65536", dst(`"tag:db:1-65536"`), `dst "tag:db:1-65536": bad port range "1-65536" at line 2, column 53`},
+		{"negative port", dst(`"tag:db:-1"`), `dst "tag:db:-1": bad port range "-1" at line 2, column 53`},
+		{"reversed", dst(`"tag:db:9-8"`), `dst "tag:db:9-8": port range "9-8" is reversed at line 2, column 53`},
+		{"plus sign", dst(`"tag:db:+9"`), `dst "tag:db:+9": bad port range "+9" at line 2, column 53`},
+		{"hole in a list", dst(`"tag:db:80,,443"`), `dst "tag:db:80,,443": bad port range "" at line 2, column 53`},
+		{"/0 as dst", dst(`"0.0.0.0/0:*"`), `dst "0.0.0.0/0" at line 2, column 53: to mean all addresses write "*" or "autogroup:internet"`},
+		{"self from a tag", head + `"acls": [{"action": "accept", "src": ["tag:db"], "dst": ["autogroup:self:*"]}]}`, `autogroup:self can only be used with users, groups, or supported autogroups at line 2, column 58`},
+		{"self before its sources", head + `"acls": [{"dst": ["autogroup:self:*"], "src": ["printer"], "action": "accept"}]}`, `autogroup:self can only be used with users, groups, or supported autogroups at line 2, column 19`},
+		{"group in a group", `{"groups": {"group:a": ["group:a"]}}`, `group "group:a" within a group at line 1, column 25: list its members`},
+		{"tag in a group", `{"groups": {"group:a": ["tag:b"]}}`, `tag "tag:b" within a group at line 1, column 25: groups have users as members`},
+		{"star in a group", `{"groups": {"group:a": ["*"]}}`, `"*" is not allowed in group at line 1, column 25`},
+		{"plain name in a group", `{"groups": {"group:a": ["bob"]}}`, `"bob" is not allowed in group at line 1, column 25: a user is written "bob@"`},
+		{"group without prefix", `{"groups": {"ops": []}}`, `name "ops" in "groups" does not begin with "group:" at line 1, column 13: did you mean "group:ops"?`},
+		{"tag with blanks", `{"tagOwners": {"tag:a b": []}}`, `malformed name "tag:a b" at line 1, column 16: use letters, digits, '-', '_' and '.'`},
+		{"tag without name", `{"tagOwners": {"tag:": []}}`, `malformed name "tag:" at line 1, column 16: use letters, digits, '-', '_' and '.'`},
+		{"owner is an address", `{"tagOwners": {"tag:a": ["10.0.0.1"]}}`, `"10.0.0.1" is not allowed in tagOwners at line 1, column 26: a user is written "10.0.0.1@"`},
+		{"owner unknown", `{"tagOwners": {"tag:a": ["tag:b"]}}`, `undefined tag "tag:b" at line 1, column 26: did you mean "tag:a"?`},
+		{"host is a name", `{"hosts": {"a": "b"}}`, `host "a": "b" is neither an address nor a network at line 1, column 17`},
+		{"host named like an address", `{"hosts": {"10.0.0.1": "10.0.0.2"}}`, `the name of host "10.0.0.1" is an address at line 1, column 12`},
+		{"host of /0", `{"hosts": {"all": "::/0"}, "acls": [{"action": "accept", "src": ["all"], "dst": []}]}`, `src "all" at line 1, column 66: to mean all addresses write "*"`},
+	} {
+		p, err := Parse([]byte(tt.text))
+		if err == nil || err.Error() != tt.want || p != nil {
+			t.Errorf("%s: got\n\t%v\nwant\n\t%s", tt.name, err, tt.want)
+			continue
+		}
+		if got := strings.Contains(tt.want, "not supported yet"); got != errors.Is(err, ErrUnsupported) {
+			t.Errorf("%s: ErrUnsupported is %v", tt.name, !got)
+		}
+	}
+}
+
+func TestSeveralErrors(t *testing.T) {
+	_, err := Parse([]byte("{\n\"acls\": [{\"action\": \"accept\", \"src\": [\"group:x\"], \"dst\": [\"tag:y:1\"]}],\n\"tests\": [],\n\"hosts\": {\"a\": 1}}"))
+	want := `undefined group "group:x" at line 2, column 39
+undefined tag "tag:y" at line 2, column 59
+member "tests" is not supported yet at line 3, column 1
+host "a" must be a string at line 4, column 16`
+	if err == nil || err.Error() != want || !errors.Is(err, ErrUnsupported) {
+		t.Errorf("got\n%v", err)
+	}
+	var e *Error
+	if !errors.As(err, &e) || e.Line != 2 || e.Column != 39 {
+		t.Errorf("first error: %+v", e)
+	}
+	_, err = Parse([]byte(`{"acls": [` + strings.Repeat(`1,`, 200) + `]}`))
+	if n := strings.Count(err.Error(), "\n"); n != maxErrors || !strings.HasSuffix(err.Error(), "and more than 50 errors in all") {
+		t.Errorf("%d lines of errors", n)
+	}
+}
+
+// Everything that is allowed, in the forms in which people write it.
+func TestForms(t *testing.T) {
+	p := mustParse(t, `// a comment
+{
+	"groups": {"group:ops": ["Alice@Example.com", "bob@", "alice@example.com",]},
+	"tagOwners": {"tag:db": ["group:ops", "carol@example.com"], "tag:web": ["tag:db"], "tag:any": ["autogroup:member"], "tag:none": []},
+	"hosts": {"printer": "10.0.0.7", "lan": "10.1.2.3/16", "old": "::ffff:10.9.0.0/112", "six": "fd00:1::/64"},
+	"acls": [
+		{"action": "accept", "src": ["*", "alice@example.com", "bob@", "group:ops", "tag:db", "autogroup:member", "autogroup:tagged", "printer", "10.0.0.1", "fd00::1", "10.0.0.0/8"],
+		 "dst": ["*:*", "tag:db:22,80-90,443", "lan:1", "six:1-65535", "fd00:1::/64:22", "[fd00::5]:22", "fd00::5:23", "autogroup:internet:*", "old:9", "alice@example.com.:1"]},
+		{"action": "accept", "src": ["autogroup:member"], "dst": ["autogroup:self:*"], "proto": "tcp"},
+		{"action": "accept", "src": [], "dst": [], "proto": "47"},
+		{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "icmp"},
+	],
+}`)
+	if len(p.acls) != 4 || p.acls[0].line != 7 || p.acls[1].line != 9 || p.acls[1].name != "acls[1]" {
+		t.Errorf("rules: %+v", p.acls)
+	}
+	var got []string
+	for _, d := range p.acls[0].dsts {
+		got = append(got, fmt.Sprint(d.sel.kind, d.sel.name, d.sel.prefix, d.ports))
+	}
+	want := `0invalid Prefix [{0 65535}]
+3tag:dbinvalid Prefix [{22 22} {80 90} {443 443}]
+810.1.0.0/16 [{1 1}]
+8fd00:1::/64 [{1 65535}]
+8fd00:1::/64 [{22 22}]
+8fd00::5/128 [{22 22}]
+8fd00::5/128 [{23 23}]
+7invalid Prefix [{0 65535}]
+810.9.0.0/16 [{9 9}]
+1alice@example.cominvalid Prefix [{1 1}]`
+	if s := strings.ReplaceAll(strings.Join(got, "\n"), " 8", "8"); strings.ReplaceAll(s, " ", "") != strings.ReplaceAll(want, " ", "") {
+		t.Errorf("destinations:\n%s", s)
+	}
+	if fmt.Sprint(p.acls[3].protos, p.acls[2].protos, p.acls[1].protos, p.acls[0].protos) != "[1 58] [47] [6] []" {
+		t.Error("protocols")
+	}
+	if fmt.Sprint(p.Tags()) != "[tag:any tag:db tag:none tag:web]" || !p.HasTag("tag:db") || p.HasTag("tag:x") {
+		t.Errorf("tags: %v", p.Tags())
+	}
+	if fmt.Sprint(p.GroupsOf("ALICE@example.com"), p.GroupsOf("bob"), p.GroupsOf("carol")) != "[group:ops] [group:ops] []" {
+		t.Error("groups")
+	}
+	for _, tt := range []struct {
+		user, tag string
+		want      bool
+	}{
+		{"alice@example.com", "tag:db", true}, {"ALICE@EXAMPLE.COM", "tag:db", true}, {"bob", "tag:db", true},
+		{"carol@example.com", "tag:db", true}, {"carol", "tag:db", false}, {"alice", "tag:db", false},
+		{"alice@example.com.evil.org", "tag:db", false}, {"", "tag:db", false}, {"", "tag:any", false},
+		{"tag:db", "tag:web", true}, {"tag:web", "tag:web", false}, {"tag:web", "tag:any", false},
+		{"alice@example.com", "tag:web", false}, {"zoe", "tag:any", true}, {"zoe", "tag:none", false}, {"zoe", "tag:missing", false},
+	} {
+		if got := p.TagOwner(tt.user, tt.tag); got != tt.want {
+			t.Errorf("%q owns %s: %v", tt.user, tt.tag, got)
+		}
+	}
+	if err := p.Check(func(u string) bool { return u != "bob" }); err == nil || err.Error() != `unknown user "bob" at line 3, column 48` {
+		t.Errorf("unknown users: %v", err)
+	}
+	if err := p.Check(func(string) bool { return true }); err != nil {
+		t.Errorf("all users known: %v", err)
+	}
+}
+
+// Hostile files end in an error or a policy in bounded memory (negative test 33).
+func TestHostileFiles(t *testing.T) {
+	var many strings.Builder
+	for i := range 100_000 {
+		fmt.Fprintf(&many, `"u%d@x",`, i)
+	}
+	users := many.String()
+	oneLine := `{"acls": [` + strings.Repeat(`{"dst":["*:*"],"src":["a@"],"action":"accept"},`, 40_000) + `]}`
+	undefined := strings.ReplaceAll(users, "@x", "")
+	for _, tt := range []struct {
+		name, text, want string
+	}{
+		{"2 MB of brackets", strings.Repeat("[", 2<<20), "more than 64 levels of nesting at line 1, column 65"},
+		{"2 MB of braces", strings.Repeat(`{"a":`, 400_000), "more than 64 levels of nesting at line 1, column 321"},
+		{"64 levels", `{"x":` + strings.Repeat("[", 63) + strings.Repeat("]", 63) + "}", `unknown member "x" at line 1, column 2`},
+		{"65 levels", `{"x":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + "}", "more than 64 levels of nesting at line 1, column 69"},
+		{"brackets in strings and comments do not count", `{/* ` + strings.Repeat("[", 99) + " */ // " + strings.Repeat("[", 99) + "\n" + `"\"` + strings.Repeat("[", 99) + `": 1}`, `unknown member "\"` + strings.Repeat("[", 99) + `" at line 2, column 1`},
+		{"10 MB", strings.Repeat(" ", 10<<20), "policy is longer than 4194304 bytes at line 1, column 1"},
+		{"too many values", `{"acls": [` + strings.Repeat("1,", 1_000_000) + "]}", "more than 400000 values"},
+		{"million rules", `{"acls": [` + strings.Repeat("{},", 1_000_000) + "]}", "more than 400000 values"},
+		{"100,000 errors", `{"groups": {"group:a": [` + undefined + `]}}`, "and more than 50 errors in all"},
+		{"unclosed string", `{"` + strings.Repeat("a", 1<<20), "unexpected EOF"},
+		{"unclosed comment", `{/*` + strings.Repeat("[", 1<<20), "unexpected EOF"},
+		{"100,000 members", `{"groups": {"group:a": [` + users + `]}}`, ""},
+		{"40,000 rules on a line", oneLine, ""},
+		{"100 groups of 1,000", groups(100, 1000), ""},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := Parse([]byte(tt.text))
+		runtime.ReadMemStats(&after)
+		switch {
+		case tt.want == "" && err != nil:
+			t.Errorf("%s: %v", tt.name, err)
+		case tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+			msg := fmt.Sprint(err)
+			t.Errorf("%s: got %s, want %s", tt.name, msg[:min(len(msg), 300)], tt.want)
+		}
+		if used := after.TotalAlloc - before.TotalAlloc; used > 256<<20 {
+			t.Errorf("%s: allocated %d MB", tt.name, used>>20)
+		}
+	}
+}
+
+// groups is a policy with n groups of m users, all of which every rule names.
+func groups(n, m int) string {
+	var b bytes.Buffer
+	b.WriteString(`{"groups": {`)
+	var names strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, `"group:g%d": [`, i)
+		for j := range m {
+			fmt.Fprintf(&b, `"user%d@x",`, j)
+		}
+		b.WriteString("],")
+		fmt.Fprintf(&names, `"group:g%d",`, i)
+	}
+	b.WriteString(`}, "acls": [`)
+	for range n {
+		fmt.Fprintf(&b, `{"action":"accept","src":[%s],"dst":["*:*"]},`, names.String())
+	}
+	b.WriteString("]}")
+	return b.String()
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(`{"groups": {"group:ops": ["alice@example.com", "bob@"]}, "tagOwners": {"tag:db": ["group:ops"]}, "hosts": {"h": "10.0.0.7"},
+	"acls": [{"action": "accept", "src": ["group:ops", "*"], "dst": ["tag:db:22,80-90", "h:*", "autogroup:self:1"], "proto": "tcp"}]}`))
+	f.Add([]byte(`{"acls": [{"action": "accept", "src": ["autogroup:member"], "dst": ["autogroup:self:*", "[fd00::1]:2", "autogroup:internet:*"]},]}`))
+	f.Add([]byte(`{"acl": [/*`))
+	nodes := testNodes()
+	f.Fuzz(func(t *testing.T, text []byte) {
+		p, err := Parse(text)
+		if err != nil {
+			if err.Error() == "" || p != nil {
+				t.Fatalf("%v %v", p, err)
+			}
+			return
+		}
+		c := Compile(p, nodes)
+		for _, n := range nodes {
+			c.Filter(n.ID)
+			c.Visible(n.ID)
+			c.Remove(n.ID)
+		}
+	})
+}
