@@ -73,7 +73,71 @@ type fake struct {
 	mu             sync.Mutex // guards the fields below
 	heads          []string
 	conns          map[*noise.Conn]bool
+	wires          []*wireConn
 }
+
+// wireConn can stop to carry anything, without ending.
+type wireConn struct {
+	net.Conn
+	mu     sync.Mutex // guards frozen
+	frozen chan struct{}
+}
+
+func (c *wireConn) pass() {
+	c.mu.Lock()
+	frozen := c.frozen
+	c.mu.Unlock()
+	if frozen != nil {
+		<-frozen
+	}
+}
+
+func (c *wireConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.pass()
+	return n, err
+}
+
+// freeze makes all connections that there are carry nothing any more.
+func (f *fake) freeze() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.wires {
+		c.mu.Lock()
+		c.frozen = make(chan struct{})
+		c.mu.Unlock()
+	}
+}
+
+// thaw ends what freeze began.
+func (f *fake) thaw() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.wires {
+		c.mu.Lock()
+		if c.frozen != nil {
+			close(c.frozen)
+			c.frozen = nil
+		}
+		c.mu.Unlock()
+	}
+}
+
+// Accept is for the server: it wraps what the listener gives.
+func (f *fake) Accept() (net.Conn, error) {
+	c, err := f.listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	w := &wireConn{Conn: c}
+	f.wires = append(f.wires, w)
+	return w, nil
+}
+
+func (f *fake) Close() error   { return f.listener.Close() }
+func (f *fake) Addr() net.Addr { return f.listener.Addr() }
 
 // poll is a stream that a client waits on.
 type poll struct {
@@ -130,7 +194,7 @@ func newFake(t testing.TB, ln net.Listener) *fake {
 	mux.HandleFunc("HEAD /ping", f.head)
 	mux.HandleFunc(noise.Path, f.upgrade)
 	f.server = &http.Server{Handler: mux}
-	go f.server.Serve(ln)
+	go f.server.Serve(f)
 	t.Cleanup(f.stop)
 	return f
 }

@@ -53,6 +53,7 @@ type Session struct {
 	cfg SessionConfig
 
 	nudge  chan struct{} // asks Run not to wait any longer
+	probe  chan struct{} // asks to look at the connection
 	update chan struct{} // asks for a lite update
 	dirty  chan struct{} // asks to save the map
 
@@ -63,13 +64,14 @@ type Session struct {
 	sent    int // value of want that a lite update has covered
 	online  bool
 	last    *netmap.Map // to be saved
+	nudged  time.Time   // when Retry was called last
 }
 
 // NewSession returns a session; Run starts it.
 func (c *Client) NewSession(cfg SessionConfig) *Session {
 	return &Session{
 		c: c, cfg: cfg,
-		nudge: make(chan struct{}, 1), update: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
+		nudge: make(chan struct{}, 1), probe: make(chan struct{}, 1), update: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 	}
 }
 
@@ -112,9 +114,29 @@ func (s *Session) SetApplied(version int64) {
 	}
 }
 
-// Retry makes a session that waits to connect again do so now, since there is
-// reason to hope: the network has changed.
-func (s *Session) Retry() { signal(s.nudge) }
+// Retry says that the network has changed. A session that waits to connect
+// again does so now, since there is reason to hope; one that is connected looks
+// whether it still is.
+func (s *Session) Retry() {
+	s.mu.Lock()
+	s.nudged = time.Now()
+	s.mu.Unlock()
+	signal(s.nudge)
+	signal(s.probe)
+}
+
+// forgetNudge drops a Retry from so long before a failure that it was not about
+// that.
+func (s *Session) forgetNudge() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.nudged) > 2*probeTime {
+		select {
+		case <-s.nudge:
+		default:
+		}
+	}
+}
 
 // sameState compares all but relay latencies.
 func sameState(a, b HostState) bool {
@@ -168,6 +190,16 @@ func (s *Session) run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel(nil)
 	wg.Go(func() { s.sendUpdates(ctx, cancel) })
+	wg.Go(func() {
+		for {
+			select {
+			case <-s.probe:
+				s.c.Probe(ctx)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	if s.cfg.Store != nil {
 		wg.Go(func() { s.saveMaps(ctx) })
 	}
@@ -216,6 +248,7 @@ func (s *Session) run(ctx context.Context) error {
 			wait.Reset()
 		}
 		s.c.log.Debug("map stream ended, will try again", zap.Error(err))
+		s.forgetNudge()
 		if wait.Wait(ctx, retryAfter(err), s.nudge, nil) != nil {
 			return context.Cause(ctx)
 		}

@@ -208,3 +208,33 @@ func (c *Client) head(ctx context.Context, u *url.URL, inside bool) error {
 	}
 	return resp.Body.Close()
 }
+
+// probeTime is how long a living connection takes to show it.
+const probeTime = 5 * time.Second
+
+// Probe asks whether the connection, if there is one, still works, and closes
+// it if not: what goes on over it ends with an *UnreachableError, and whatever
+// comes next dials anew. Call it when the network has changed.
+func (c *Client) Probe(ctx context.Context) {
+	conn := c.current()
+	if conn == nil {
+		return
+	}
+	ctx, cancel := c.during(ctx, probeTime)
+	defer cancel(nil)
+	// Any answer will do, and servers have one for every path.
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.host+"/machine/whoami", nil)
+	if err != nil {
+		return
+	}
+	resp, err := conn.RoundTrip(req)
+	if err == nil {
+		resp.Body.Close()
+		return
+	}
+	var un *UnreachableError
+	if ctx.Err() == nil || errors.As(context.Cause(ctx), &un) {
+		c.log.Debug("connection to the control server is dead", zap.Error(c.because(ctx, err)))
+		c.drop(conn)
+	}
+}

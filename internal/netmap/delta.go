@@ -66,7 +66,9 @@ func ApplyAt(prev *Map, r *wire.MapResponse, now time.Time) (*Map, Delta, error)
 			return prev, d, nil
 		}
 		m := *prev
-		m.setClock(r, now)
+		if m.setClock(r, now); m.offset == prev.offset {
+			return prev, d, nil
+		}
 		return &m, d, nil
 	}
 	m := &Map{}
@@ -138,11 +140,18 @@ func (m *Map) setClock(r *wire.MapResponse, now time.Time) {
 	if r.ControlTime == nil || r.ControlTime.IsZero() {
 		return
 	}
-	m.offset = r.ControlTime.Sub(now)
-	if m.offset.Abs() <= time.Minute {
-		m.offset = 0
+	offset := r.ControlTime.Sub(now)
+	if offset.Abs() <= time.Minute {
+		offset = 0
+	}
+	if offset == 0 || (offset-m.offset).Abs() > clockNoise {
+		m.offset = offset
 	}
 }
+
+// clockNoise is how much a large offset may vary with the time that messages
+// take, without being taken for another.
+const clockNoise = 10 * time.Second
 
 // applyPeers follows the peer members of a message, in the order that the
 // protocol gives them.

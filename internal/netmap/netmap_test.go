@@ -298,6 +298,12 @@ func TestClock(t *testing.T) {
 	if m.ClockOffset() != time.Hour || !m.Expired(n, start) || !m.NextExpiry(start).IsZero() {
 		t.Errorf("offset %v", m.ClockOffset())
 	}
+	for _, noise := range []time.Duration{-9 * time.Second, 9 * time.Second} {
+		about := late.Add(noise)
+		if again, _ := apply(t, m, &wire.MapResponse{KeepAlive: true, ControlTime: &about}); again != m {
+			t.Errorf("an offset that varies by %v makes another map", noise)
+		}
+	}
 	old := time.Unix(0, 0)
 	n.KeyExpiry = old
 	m, _ = apply(t, m, &wire.MapResponse{KeepAlive: true, ControlTime: &old})
