@@ -139,18 +139,22 @@ func (c *Conn) EnqueueControl(t FrameType, payload []byte) {
 
 // EnqueuePackets queues frames of type t (SendPacket or RecvPacket), each of
 // key and one packet, and makes room by dropping the oldest of this priority.
-// It copies the packets. Packets must not be longer than MaxPacket.
-func (c *Conn) EnqueuePackets(p Priority, t FrameType, key identity.NodePublic, packets ...[]byte) {
+// It copies the packets. Packets must not be longer than MaxPacket. It reports
+// whether something was dropped.
+func (c *Conn) EnqueuePackets(p Priority, t FrameType, key identity.NodePublic, packets ...[]byte) (full bool) {
 	raw := key.Bytes()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return
+		return false
 	}
+	q := &c.queues[p]
+	before := q.dropped
 	for _, b := range packets {
-		c.queues[p].push(t, &raw, b)
+		q.push(t, &raw, b)
 	}
 	c.wakeLocked()
+	return q.dropped != before
 }
 
 // EnqueuePong queues the answer to a ping unless one is still waiting to go.

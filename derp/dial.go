@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 )
@@ -40,6 +41,10 @@ func Dial(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		var op *net.OpError
 		if errors.As(err, &op) {
 			err = op.Err // the rest of its text is in ours
+		}
+		var sys *os.SyscallError
+		if errors.As(err, &sys) {
+			err = sys.Err
 		}
 		return nil, fail(StageDial, err)
 	}

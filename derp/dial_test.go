@@ -176,7 +176,7 @@ func TestDialErrors(t *testing.T) {
 		stage Stage
 		text  string
 	}{
-		{"refused", closed, true, StageDial, "relay 900: dial " + closed + ": connect: connection refused"},
+		{"refused", closed, true, StageDial, "relay 900: dial " + closed + ": connection refused"},
 		{"no TLS", serveOnce(t, nil, say("hello world")), false, StageTLS, "relay 900: tls: "},
 		{"not found", serveOnce(t, nil, say("HTTP/1.1 404 Not Found\r\n\r\n")), true, StageUpgrade, `relay 900: upgrade: unexpected answer "404 Not Found"`},
 		{"other protocol", serveOnce(t, nil, say("HTTP/1.1 101 X\r\nUpgrade: websocket\r\n\r\n")), true, StageUpgrade, `upgrade to "websocket"`},

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -338,7 +339,10 @@ func (c *session) flush() {
 	// Before the packets, so that a receiver never misses the end of a sender
 	// it has heard from.
 	c.peer.noteReceiver(r.dst)
-	dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, c.key, r.packets...)
+	if dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, c.key, r.packets...) {
+		// We are faster than the writer: let it run before we drop more.
+		runtime.Gosched()
+	}
 	k.packetsOut.Add(uint64(n))
 }
 

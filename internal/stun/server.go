@@ -42,14 +42,15 @@ func (s *Server) Stats() Stats {
 
 const (
 	defaultRate = 100
-	// maxErrors in a row on a socket make Serve give up; a datagram socket
-	// reports the ICMP errors of others as its own on some systems.
-	maxErrors = 100
+	// After manyErrors in a row Serve pauses between reads. It does not give
+	// up: some systems report ICMP errors as errors of the socket, and these
+	// strangers can cause at will.
+	manyErrors = 100
+	errorPause = 10 * time.Millisecond
 )
 
-// Serve answers the requests that arrive at pc until ctx ends (nil) or the
-// socket fails for good (the error; net.ErrClosed when pc was closed). It does
-// not close pc. Several calls may run at once on different sockets.
+// Serve answers the requests that arrive at pc until ctx ends (nil) or pc is
+// closed (an error that matches net.ErrClosed). It does not close pc. Several calls may run at once on different sockets.
 func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 	logger := s.Logger
 	if logger == nil {
@@ -60,7 +61,7 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 
 	sock := newSocket(pc)
 	lim := newLimiter(s.Rate)
-	in := make([]byte, 1500) // longer datagrams are cut off and thereby invalid
+	in := make([]byte, 1<<16) // holds any datagram: on some systems a longer one is an error
 	out := make([]byte, 0, ResponseLen6)
 	for errs := 0; ; {
 		n, src, err := sock.read(in)
@@ -68,11 +69,16 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn) error {
 			return nil
 		}
 		if err != nil {
-			errs++
-			if errors.Is(err, net.ErrClosed) || errs >= maxErrors {
+			if errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("stun: read: %w", err)
 			}
 			logger.Debug("stun read", zap.Error(err))
+			if errs++; errs >= manyErrors {
+				select {
+				case <-ctx.Done():
+				case <-time.After(errorPause):
+				}
+			}
 			continue
 		}
 		errs = 0

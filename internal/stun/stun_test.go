@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -347,6 +348,43 @@ func TestServeClosedSocket(t *testing.T) {
 	if err := s.Serve(t.Context(), pc); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve = %v", err)
 	}
+}
+
+// errorConn is a socket on which others cause errors.
+type errorConn struct {
+	net.PacketConn
+	errs int // still to come
+	sent chan []byte
+}
+
+func (c *errorConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	if c.errs--; c.errs >= 0 {
+		return 0, nil, errors.New("connection reset")
+	}
+	if c.errs == -1 {
+		return copy(b, AppendRequest(nil, testTx)), net.UDPAddrFromAddrPort(netip.MustParseAddrPort("192.0.2.7:7")), nil
+	}
+	return 0, nil, net.ErrClosed
+}
+
+func (c *errorConn) WriteTo(b []byte, _ net.Addr) (int, error) {
+	c.sent <- bytes.Clone(b)
+	return len(b), nil
+}
+
+func (c *errorConn) SetReadDeadline(time.Time) error { return nil }
+
+func TestServeSurvivesErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pc := &errorConn{errs: 3 * manyErrors, sent: make(chan []byte, 1)}
+		var s Server
+		if err := s.Serve(t.Context(), pc); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Serve = %v", err)
+		}
+		if _, ap, err := ParseResponse(<-pc.sent); err != nil || ap.String() != "192.0.2.7:7" {
+			t.Errorf("%v %v", ap, err)
+		}
+	})
 }
 
 func FuzzParseRequest(f *testing.F) {
