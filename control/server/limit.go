@@ -72,17 +72,19 @@ func (l *limiter) failed(a netip.Addr) {
 	l.buckets[p] = b
 }
 
-// evict forgets sources that are back at their burst, and if there is none, an
-// arbitrary one.
+// evict forgets the source with the most tokens among a few arbitrary ones: the
+// one whose bucket matters least.
 func (l *limiter) evict(now time.Time) {
-	any := netip.Prefix{}
+	const sample = 8
+	var victim netip.Prefix
+	most, seen := -1.0, 0
 	for p := range l.buckets {
-		if l.fill(p, now).tokens >= l.burst {
-			delete(l.buckets, p)
+		if t := l.fill(p, now).tokens; t > most {
+			victim, most = p, t
 		}
-		any = p
+		if seen++; seen == sample {
+			break
+		}
 	}
-	if len(l.buckets) >= maxSources {
-		delete(l.buckets, any)
-	}
+	delete(l.buckets, victim)
 }
