@@ -13,7 +13,7 @@ import (
 // Both sides send as fast as they can while one stack, then the other, closes.
 func TestCloseWhileSending(t *testing.T) {
 	rounds := 200
-	if testing.Short() {
+	if testing.Short() || raceEnabled {
 		rounds = 20
 	}
 	for i := range rounds {
@@ -157,7 +157,11 @@ func TestCloseManyStates(t *testing.T) {
 		return packets
 	})
 	l := listen(t, b, "tcp", netip.AddrPort{})
-	for i := range 2000 {
+	total := 2000
+	if testing.Short() || raceEnabled {
+		total = 400
+	}
+	for i := range total {
 		c, err := a.DialTCP(dialCtx(t), netip.Addr{}, netip.AddrPortFrom(b4, portOf(l)))
 		if err != nil {
 			t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -127,22 +128,22 @@ func (s *Stack) SetAddrs(addrs []netip.Addr) error {
 			want = append(want, a)
 		}
 	}
-	gone, err := s.replaceAddrs(want)
-	if len(gone) > 0 {
-		s.Abort(func(f Flow) bool { return slices.Contains(gone, f.Local.Addr()) }, toErrno(&tcpip.ErrBadLocalAddress{}))
-	}
+	gone := func(f Flow) bool { return !slices.Contains(want, f.Local.Addr()) }
+	s.Abort(gone, syscall.EADDRNOTAVAIL) // while the address can still send a reset
+	err := s.replaceAddrs(want)
+	s.Abort(gone, syscall.EADDRNOTAVAIL) // what began in between
 	return err
 }
 
-// replaceAddrs makes want the own addresses and returns those it took away.
-func (s *Stack) replaceAddrs(want []netip.Addr) (gone []netip.Addr, err error) {
+// replaceAddrs makes want the own addresses.
+func (s *Stack) replaceAddrs(want []netip.Addr) (err error) {
 	s.addrMu.Lock()
 	defer s.addrMu.Unlock()
 	s.mu.Lock()
 	have, closed := s.addrs, s.closed
 	s.mu.Unlock()
 	if closed {
-		return nil, fmt.Errorf("netstack: set addresses: %w", net.ErrClosed)
+		return fmt.Errorf("netstack: set addresses: %w", net.ErrClosed)
 	}
 	now := slices.Clone(have)
 	defer func() {
@@ -159,7 +160,6 @@ func (s *Stack) replaceAddrs(want []netip.Addr) (gone []netip.Addr, err error) {
 			continue
 		}
 		now = slices.DeleteFunc(now, func(b netip.Addr) bool { return a == b })
-		gone = append(gone, a)
 	}
 	for _, a := range want {
 		if slices.Contains(have, a) {
@@ -172,7 +172,7 @@ func (s *Stack) replaceAddrs(want []netip.Addr) (gone []netip.Addr, err error) {
 		}
 		now = append(now, a)
 	}
-	return gone, err
+	return err
 }
 
 // In takes packets from the mesh that passed the packet filter. They are copied
