@@ -24,6 +24,8 @@ type node struct {
 	offlineAt time.Time // when to call it offline, while stream is nil; zero = it is
 	idleSince time.Time // end of the last poll, or start of the server
 	swaps     bucket    // limits how often another connection takes the poll over
+	due       time.Time // when the janitor looks at it
+	place     int       // in Server.deadline, from 1; 0 = not in it
 
 	view *view // what peers see
 }

@@ -208,6 +208,15 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 		return f.send(&response{MapResponse: wire.MapResponse{KeepAlive: true}})
 	case <-st.wake:
 	}
+	// What is rare goes out at once; what comes in bursts goes out together.
+	if wait := s.cfg.Gather - time.Since(st.spoke); wait > 0 {
+		idle.Reset(wait)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-idle.C:
+		}
+	}
 	s.mu.Lock()
 	n := s.collect(st)
 	s.mu.Unlock()
@@ -219,6 +228,7 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 		if err := f.send(m); err != nil {
 			return err
 		}
+		st.spoke = time.Now()
 	}
 	if n.ended {
 		return errStreamOver

@@ -11,29 +11,39 @@ import (
 	"mesh/control/wire"
 )
 
-// deadlines is a heap of moments at which a node should be looked at. Entries
-// that no longer mean anything are harmless: looking changes nothing then.
-// Guarded by Server.mu.
-type deadlines []deadline
-
-type deadline struct {
-	at time.Time
-	id wire.NodeID
-}
+// deadlines is a heap of nodes by the moment at which they should be looked at.
+// Looking too early changes nothing. Guarded by Server.mu.
+type deadlines []*node
 
 func (d deadlines) Len() int           { return len(d) }
-func (d deadlines) Less(i, j int) bool { return d[i].at.Before(d[j].at) }
-func (d deadlines) Swap(i, j int)      { d[i], d[j] = d[j], d[i] }
+func (d deadlines) Less(i, j int) bool { return d[i].due.Before(d[j].due) }
+func (d deadlines) Swap(i, j int) {
+	d[i], d[j] = d[j], d[i]
+	d[i].place, d[j].place = i+1, j+1
+}
 
 // Push and Pop implement heap.Interface.
-func (d *deadlines) Push(x any) { *d = append(*d, x.(deadline)) }
+func (d *deadlines) Push(x any) {
+	n := x.(*node)
+	*d = append(*d, n)
+	n.place = len(*d)
+}
 
 // Pop implements heap.Interface.
 func (d *deadlines) Pop() any {
 	old := *d
-	x := old[len(old)-1]
+	n := old[len(old)-1]
+	old[len(old)-1] = nil
 	*d = old[:len(old)-1]
-	return x
+	n.place = 0
+	return n
+}
+
+// drop takes a node out, if it is in.
+func (d *deadlines) drop(n *node) {
+	if n.place > 0 {
+		heap.Remove(d, n.place-1)
+	}
 }
 
 // neverPolled is how many times the EphemeralTimeout an ephemeral node has
@@ -68,11 +78,16 @@ func (s *Server) scheduleNode(n *node) {
 		consider(n.Expires)
 	}
 	if next.IsZero() {
+		s.deadline.drop(n)
 		return
 	}
-	first := len(s.deadline) == 0 || next.Before(s.deadline[0].at)
-	heap.Push(&s.deadline, deadline{next, n.ID})
-	if first {
+	n.due = next
+	if n.place > 0 {
+		heap.Fix(&s.deadline, n.place-1)
+	} else {
+		heap.Push(&s.deadline, n)
+	}
+	if s.deadline[0] == n {
 		select {
 		case s.kick <- struct{}{}:
 		default:
@@ -111,15 +126,12 @@ func (s *Server) lookAtDue() time.Duration {
 	s.mu.Lock()
 	wait := time.Hour
 	for len(s.deadline) > 0 {
-		if d := s.deadline[0].at.Sub(now); d > 0 {
+		n := s.deadline[0]
+		if d := n.due.Sub(now); d > 0 {
 			wait = d
 			break
 		}
-		id := heap.Pop(&s.deadline).(deadline).id
-		n := s.nodes.byID[id]
-		if n == nil {
-			continue
-		}
+		heap.Pop(&s.deadline)
 		if !n.offlineAt.IsZero() && !n.offlineAt.After(now) {
 			n.online, n.offlineAt = presenceOffline, time.Time{}
 		}
@@ -128,7 +140,7 @@ func (s *Server) lookAtDue() time.Duration {
 		}
 		s.changed(n)
 		if at := s.removalAt(n); !at.IsZero() && !at.After(now) {
-			remove = append(remove, id)
+			remove = append(remove, n.ID)
 			continue
 		}
 		s.scheduleNode(n)
@@ -192,6 +204,7 @@ func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury boo
 	viewers := s.policy.compiled.Visible(id)
 	affected := s.policy.compiled.Remove(id)
 	s.nodes.remove(n)
+	s.deadline.drop(n)
 	delete(s.unsaved, id)
 	if n.stream != nil {
 		code := wire.CodeNodeUnknown

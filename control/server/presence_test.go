@@ -66,6 +66,9 @@ func TestEphemeralRemoval(t *testing.T) {
 		na.until(t, "c online", func() bool { return online(na.peers[nc.self.ID]) })
 		time.Sleep(time.Hour)
 		synctest.Wait()
+		if len(w.s.deadline) > 2 {
+			t.Errorf("%d deadlines for 2 nodes", len(w.s.deadline))
+		}
 		if len(w.s.nodes.byID) != 2 {
 			t.Errorf("%d nodes, want the connected ephemeral one to stay", len(w.s.nodes.byID))
 		}
@@ -190,7 +193,7 @@ func wordy(n int) func(*wire.MapRequest) {
 }
 
 func TestSlowReader(t *testing.T) {
-	bubble(t, nil, func(t *testing.T, w *world) {
+	bubble(t, func(c *Config) { c.Gather = -1 }, func(t *testing.T, w *world) {
 		allow(w)
 		key := w.key(store.Key{Reusable: true})
 		a, b := w.machine().join(key), w.machine().join(key)
@@ -198,7 +201,7 @@ func TestSlowReader(t *testing.T) {
 		id := b.poll(nil).self.ID
 		// a does not read while b changes again and again. What does not fit
 		// on the way is not kept: only the newest state is.
-		const changes = 1000
+		const changes = 600
 		for i := range changes {
 			b.lite(wordy(i + 1))
 		}
@@ -221,13 +224,13 @@ func TestSlowReader(t *testing.T) {
 }
 
 func TestStalledReaderIsCut(t *testing.T) {
-	bubble(t, nil, func(t *testing.T, w *world) {
+	bubble(t, func(c *Config) { c.Gather = -1 }, func(t *testing.T, w *world) {
 		allow(w)
 		key := w.key(store.Key{Reusable: true})
 		a, b := w.machine().join(key), w.machine().join(key)
 		na := a.poll(func(r *wire.MapRequest) { r.Compress = "" })
 		nb := b.poll(nil)
-		for i := range 600 {
+		for i := range 500 {
 			b.lite(wordy(i + 1))
 		}
 		stalled := time.Now()

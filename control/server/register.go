@@ -253,8 +253,9 @@ func (s *Server) rekey(n *node, key identity.NodePublic, c *client) {
 	s.nodes.rekey(n, key)
 	s.member(key, true)
 	if n.stream != nil && n.stream.client != c {
-		// Opened with the key that has just died.
-		n.stream.end(wire.CodeNodeUnknown)
+		// Opened with the key that has just died. No reason is given: it is
+		// the node's own doing, and it polls again with the other key.
+		n.stream.end("")
 	}
 	s.changed(n)
 	s.scheduleNode(n)
@@ -352,7 +353,7 @@ func (s *Server) grantTags(h *wire.Hostinfo, key store.Key) ([]string, error) {
 func (s *Server) welcome(n *store.Node) *wire.RegisterResponse {
 	p, _ := s.profile(wireUser(n))
 	return &wire.RegisterResponse{
-		User:              wire.User{ID: p.ID, DisplayName: p.DisplayName, Created: n.Created},
+		User:              wire.User{ID: p.ID, DisplayName: p.DisplayName, Created: s.users[n.User].Created},
 		Login:             wire.Login{ID: int64(p.ID), LoginName: p.LoginName, DisplayName: p.DisplayName},
 		MachineAuthorized: true,
 	}

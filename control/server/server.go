@@ -43,6 +43,7 @@ type Config struct {
 	OfflineGrace     time.Duration // silence after which a node counts as offline; default 10 s
 	EphemeralTimeout time.Duration // silence after which an ephemeral node is removed; default 120 s
 	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s
+	Gather           time.Duration // least time between two messages of a stream, to join what happens at once; default 20 ms
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
 
 	MaxHandshakes int // Noise handshakes at one time; default 256
@@ -69,6 +70,7 @@ func (c *Config) setDefaults() {
 	def(&c.OfflineGrace, 10*time.Second)
 	def(&c.EphemeralTimeout, 120*time.Second)
 	def(&c.FlushInterval, time.Second)
+	def(&c.Gather, 20*time.Millisecond)
 	def(&c.WriteTimeout, 30*time.Second)
 	if c.Domain == "" {
 		c.Domain = "mesh.internal"

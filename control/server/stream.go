@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"slices"
+	"time"
 
 	"mesh/control/wire"
 )
@@ -23,6 +24,7 @@ type stream struct {
 	profiles map[wire.UserID]struct{}
 	filter   [sha256.Size]byte // of the rules as encoded
 	policy   int64
+	spoke    time.Time // when the last message left
 }
 
 // pending is what changed for a stream since it last looked. Its size is

@@ -74,8 +74,8 @@ func (t *transport) start(s *Server) {
 			MaxConcurrentStreams:          16,
 			MaxReceiveBufferPerConnection: 1 << 20,
 			MaxReceiveBufferPerStream:     256 << 10,
-			SendPingTimeout:               60 * time.Second,
-			PingTimeout:                   30 * time.Second,
+			SendPingTimeout:               30 * time.Second,
+			PingTimeout:                   15 * time.Second,
 		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, clientKey{}, c)
