@@ -22,6 +22,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"mesh/control/admin"
+	"mesh/control/policy"
 	"mesh/control/server"
 	"mesh/control/store"
 	"mesh/control/wire"
@@ -69,6 +71,7 @@ type Host struct {
 	log    *zap.Logger
 	addr   string
 	url    string
+	stun   string // "" = none
 	socket string
 	store  *store.SQLite
 	server *server.Server
@@ -99,8 +102,8 @@ func Start(cfg Config) (_ *Host, err error) {
 	if cfg.DataDir == "" {
 		return nil, errors.New("no data directory")
 	}
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return nil, fmt.Errorf("data directory: %w", err)
+	if err := makeDataDir(cfg.DataDir); err != nil {
+		return nil, err
 	}
 	h.socket = filepath.Join(cfg.DataDir, SocketName)
 	if len(h.socket) > maxSocketPath {
@@ -115,7 +118,7 @@ func Start(cfg Config) (_ *Host, err error) {
 
 	ln, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return nil, fmt.Errorf("listen for nodes: %w", err)
+		return nil, fmt.Errorf("listen for nodes: %w; choose another address with --listen", err)
 	}
 	h.onClose(func() { ln.Close() })
 	h.addr = ln.Addr().String()
@@ -128,6 +131,7 @@ func Start(cfg Config) (_ *Host, err error) {
 			return nil, err
 		}
 		h.onClose(stun.close)
+		h.stun = stun.pc.LocalAddr().String()
 	}
 	tlsConf, region, err := h.makeRelay(stun.port())
 	if err != nil {
@@ -136,6 +140,10 @@ func Start(cfg Config) (_ *Host, err error) {
 	derpMap := &wire.DERPMap{OmitDefaultRegions: true, Regions: map[int]*wire.DERPRegion{}}
 	if region != nil {
 		derpMap.Regions[region.RegionID] = region
+	}
+	// First, so that the server starts with it: it says so if there is none.
+	if err := h.loadPolicy(); err != nil {
+		return nil, err
 	}
 	h.server, err = server.New(server.Config{
 		Store:            h.store,
@@ -154,9 +162,6 @@ func Start(cfg Config) (_ *Host, err error) {
 		cancel := h.server.Subscribe(func(_, removed []identity.NodePublic) { h.relay.Revoke(removed...) })
 		h.onClose(cancel)
 	}
-	if err := h.loadPolicy(); err != nil {
-		return nil, err
-	}
 	h.serve(ln, tlsConf)
 	if err := h.serveAdmin(); err != nil {
 		return nil, err
@@ -169,6 +174,9 @@ func (h *Host) URL() string { return h.url }
 
 // Addr is the TCP address that control and relay listen on.
 func (h *Host) Addr() string { return h.addr }
+
+// STUNAddr is the UDP address that STUN listens on, "" if it is off.
+func (h *Host) STUNAddr() string { return h.stun }
 
 // Key is the control server's key, which nodes may pin.
 func (h *Host) Key() identity.MachinePublic { return h.server.Key() }
@@ -215,26 +223,27 @@ func (h *Host) fail(what string, err error) {
 	}
 }
 
-// loadPolicy puts the policy file in force unless it already is.
+// loadPolicy stores the policy file as the newest policy unless it already is.
 func (h *Host) loadPolicy() error {
 	if h.cfg.PolicyFile == "" {
 		return nil
 	}
-	text, err := readLimited(h.cfg.PolicyFile, maxPolicyFile)
+	text, err := readLimited(h.cfg.PolicyFile, admin.MaxPolicy)
 	if err != nil {
 		return fmt.Errorf("policy: %w", err)
+	}
+	if _, err := policy.Parse(text); err != nil {
+		return fmt.Errorf("policy %s: %w", h.cfg.PolicyFile, err)
 	}
 	ctx := context.Background()
 	if p, err := h.store.Policy(ctx); err == nil && p.Text == string(text) {
 		return nil
 	}
-	if _, err := h.server.SetPolicy(ctx, "file "+h.cfg.PolicyFile, string(text), -1); err != nil {
+	if _, err := h.store.SetPolicy(ctx, "file "+h.cfg.PolicyFile, string(text), -1, time.Now()); err != nil {
 		return fmt.Errorf("policy %s: %w", h.cfg.PolicyFile, err)
 	}
 	return nil
 }
-
-const maxPolicyFile = 16 << 20
 
 func readLimited(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
@@ -293,26 +302,6 @@ type debugWriter struct{ log *zap.Logger }
 func (w debugWriter) Write(b []byte) (int, error) {
 	w.log.Debug("http server", zap.ByteString("text", b))
 	return len(b), nil
-}
-
-// serveAdmin opens the unix socket for administrators; the permissions of
-// socket and directory are the authentication.
-func (h *Host) serveAdmin() error {
-	// Nobody else serves this directory, so a socket that is there is a
-	// leftover.
-	if err := os.Remove(h.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("administrators' socket: %w", err)
-	}
-	ln, err := net.Listen("unix", h.socket)
-	if err != nil {
-		return fmt.Errorf("administrators' socket: %w", err)
-	}
-	if err := os.Chmod(h.socket, 0o600); err != nil {
-		ln.Close()
-		return fmt.Errorf("administrators' socket: %w", err)
-	}
-	h.serveHTTP("administrators' socket", ln, h.server.AdminHandler())
-	return nil
 }
 
 // publicURL is how nodes reach the listener at addr.

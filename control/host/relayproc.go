@@ -35,7 +35,11 @@ type RelayConfig struct {
 	// TLSCert and TLSKey are PEM files; without them the relay makes a
 	// certificate, which nodes pin.
 	TLSCert, TLSKey string
-	Logger          *zap.Logger // nil = silent
+	// OnState, if not nil, is called with nil whenever the control server has
+	// named the members, and with the reason whenever it cannot be reached or
+	// refuses the relay. Calls come one after the other.
+	OnState func(error)
+	Logger  *zap.Logger // nil = silent
 }
 
 // Relay is a relay process. It admits the members that the control server
@@ -89,12 +93,20 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 			r.Close()
 		}
 	}()
-	if cfg.DataDir == "" {
+	switch {
+	case cfg.DataDir == "":
 		return nil, errors.New("no data directory")
+	case cfg.RelayKey == "":
+		return nil, errors.New("no relay key: create one with `mesh key create --relay`")
+	case cfg.Region < 1 || cfg.Region > 65535:
+		return nil, fmt.Errorf("region %d: want a number between 1 and 65535", cfg.Region)
+	}
+	if err := makeDataDir(cfg.DataDir); err != nil {
+		return nil, err
 	}
 	ln, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return nil, fmt.Errorf("listen for nodes: %w", err)
+		return nil, fmt.Errorf("listen for nodes: %w; choose another address with --listen", err)
 	}
 	defer func() {
 		if err != nil {
@@ -147,6 +159,17 @@ func (r *Relay) Announced() <-chan struct{} { return r.announced }
 
 // Failed gives an error when the relay cannot go on, such as a refused key.
 func (r *Relay) Failed() <-chan error { return r.failed }
+
+// Region is the number of the relay's region in the relay map.
+func (r *Relay) Region() int { return r.cfg.Region }
+
+// STUNAddr is the UDP address that STUN listens on, "" if it is off.
+func (r *Relay) STUNAddr() string {
+	if r.stun == nil {
+		return ""
+	}
+	return r.stun.pc.LocalAddr().String()
+}
 
 // Addr is where nodes reach the relay.
 func (r *Relay) Addr() string {
@@ -212,22 +235,40 @@ func (r *Relay) follow() {
 				return nil
 			}
 			r.update(u)
-			first.Do(func() { close(r.announced) })
+			if u.Full {
+				first.Do(func() { close(r.announced) })
+				r.state(nil)
+			}
 			return nil
 		})
 		if r.ctx.Err() != nil {
 			return
 		}
-		if code := wire.CodeOf(err); code != "" {
+		if refused(err) {
 			// Those that were admitted stay; the operator must act.
 			r.log.Error("the control server refuses this relay", zap.Error(err))
 			r.fail(err)
 		} else {
 			r.log.Info("no control server, going on with the known members", zap.Error(err), zap.Int("members", r.Members()))
 		}
+		r.state(err)
 		if b.Wait(r.ctx, 0, nil, nil) != nil {
 			return
 		}
+	}
+}
+
+// refused reports whether err is the control server's no, which does not pass
+// by itself.
+func refused(err error) bool {
+	var status *control.StatusError
+	return wire.CodeOf(err) != "" || errors.Is(err, control.ErrServerKeyMismatch) ||
+		errors.As(err, &status) && status.Status/100 == 4 && status.Status != 408 && status.Status != 429
+}
+
+func (r *Relay) state(err error) {
+	if r.cfg.OnState != nil {
+		r.cfg.OnState(err)
 	}
 }
 

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"mesh/control/admin"
+)
+
+var keyCreate = &command{
+	name:  "key create",
+	short: "create a key that enrols nodes (or relays) and print it",
+	long: `
+A key belongs to a user (--user) or carries tags (--tag), which nodes that enrol
+with it get; one of the two is needed. Tags must be in the policy's tagOwners.
+Without --reusable a key is good for one node. The key is printed alone, this
+once: the server keeps no copy. Give it to an agent as MESH_AUTHKEY.
+
+With --relay the key admits relay processes (see mesh help relay); it is
+reusable and does not expire unless --expires says so.`,
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		var k admin.KeyCreate
+		fs.BoolVar(&k.Reusable, "reusable", false, "good for many nodes")
+		fs.BoolVar(&k.Ephemeral, "ephemeral", false, "nodes are forgotten soon after they leave")
+		fs.BoolVar(&k.Relay, "relay", false, "for relays instead of nodes")
+		fs.StringVar(&k.User, "user", "", "`NAME` of the user whom nodes belong to")
+		fs.Func("tag", "`TAG` for nodes, \"tag:db\"; may be repeated", func(s string) error {
+			for _, tag := range strings.Split(s, ",") {
+				if !strings.HasPrefix(tag, "tag:") || tag == "tag:" {
+					return fmt.Errorf("want \"tag:NAME\"")
+				}
+				k.Tags = append(k.Tags, tag)
+			}
+			return nil
+		})
+		fs.Func("expires", "how `LONG` the key is good for: \"24h\", \"30d\" (default 90d)", func(s string) (err error) {
+			k.Expires, err = parseSpan(s)
+			return err
+		})
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			switch {
+			case k.Relay && (k.User != "" || len(k.Tags) > 0 || k.Ephemeral):
+				return usageError{"a relay key has no user or tags and is not ephemeral"}
+			case !k.Relay && (k.User == "") == (len(k.Tags) == 0):
+				return usageError{"a key belongs to a user or carries tags: give --user or --tag, and not both"}
+			}
+			key, err := s.CreateKey(ctx, k)
+			if err != nil {
+				return err
+			}
+			c.printf("%s\n", key.Secret)
+			return nil
+		})
+	},
+}
+
+// parseSpan reads a positive duration, with days besides the units of package
+// time.
+func parseSpan(s string) (time.Duration, error) {
+	const most = 100 * 365 * 24 * time.Hour
+	d, err := time.ParseDuration(s)
+	if days, ok := strings.CutSuffix(s, "d"); err != nil && ok {
+		var n uint64
+		if n, err = strconv.ParseUint(days, 10, 16); err == nil {
+			d = time.Duration(n) * 24 * time.Hour
+		}
+	}
+	if err != nil || d <= 0 || d > most {
+		return 0, fmt.Errorf("want a time like 90m, 24h or 30d")
+	}
+	return d, nil
+}
+
+var keyList = &command{
+	name: "key list", short: "list keys, without their secrets",
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		asJSON := jsonFlag(fs)
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			keys, err := s.Keys(ctx)
+			if err != nil {
+				return err
+			}
+			if *asJSON {
+				return c.writeJSON(keys)
+			}
+			now := time.Now()
+			t := newTable(c.stdout, "ID", "FOR", "OWNER", "KIND", "STATE", "CREATED", "EXPIRES", "LAST USED")
+			for _, k := range keys {
+				kind := "one use"
+				if k.Reusable {
+					kind = "reusable"
+				}
+				if k.Ephemeral {
+					kind += ", ephemeral"
+				}
+				use := "nodes"
+				if k.Kind == "relay" {
+					use = "relays"
+				}
+				t.row(strconv.FormatInt(k.ID, 10), use, owner(k.User, k.Tags), kind, k.State, ago(k.Created, now), ago(k.Expires, now), ago(k.Used, now))
+			}
+			t.flush()
+			return nil
+		})
+	},
+}
+
+var keyRevoke = &command{
+	name: "key revoke", args: "ID", min: 1, max: 1,
+	short: "make a key useless; nodes that enrolled with it stay",
+	long:  `ID is the number that mesh key list shows. A relay that uses the key is cut off.`,
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			id, err := strconv.ParseInt(c.args[0], 10, 64)
+			if err != nil || id <= 0 {
+				// Not the argument itself: it may be the secret.
+				return usageError{"want the number of a key, which `mesh key list` shows"}
+			}
+			if _, err := s.RevokeKey(ctx, id); err != nil {
+				return err
+			}
+			c.printf("key %d revoked\n", id)
+			return nil
+		})
+	},
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"mesh/control/admin"
+)
+
+var nodeList = &command{
+	name: "node list", short: "list nodes",
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		asJSON := jsonFlag(fs)
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			nodes, err := s.Nodes(ctx)
+			if err != nil {
+				return err
+			}
+			if *asJSON {
+				return c.writeJSON(nodes)
+			}
+			now := time.Now()
+			t := newTable(c.stdout, "NAME", "ADDRESS", "OWNER", "SEEN", "CREATED")
+			for _, n := range nodes {
+				address := ""
+				if len(n.Addresses) > 0 {
+					address = n.Addresses[0].String()
+				}
+				t.row(n.Name, address, owner(n.User, n.Tags), seen(n, now), ago(n.Created, now))
+			}
+			t.flush()
+			return nil
+		})
+	},
+}
+
+// seen tells whether a node is there, and since when it is not.
+func seen(n admin.Node, now time.Time) string {
+	s := "offline, seen " + ago(n.LastSeen, now)
+	switch {
+	case n.Online:
+		s = "online"
+	case n.LastSeen.IsZero():
+		s = "never"
+	}
+	if n.Expired {
+		s += ", key expired"
+	}
+	return s
+}
+
+var nodeShow = &command{
+	name: "node show", args: "NAME", min: 1, max: 1,
+	short: "show all about a node",
+	long:  `NAME is a name, full name, stable ID or mesh address.`,
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		asJSON := jsonFlag(fs)
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			n, err := s.Node(ctx, c.args[0])
+			if err != nil {
+				return err
+			}
+			if *asJSON {
+				return c.writeJSON(n)
+			}
+			now := time.Now()
+			relay := "none"
+			if n.HomeRelay != 0 {
+				relay = fmt.Sprintf("region %d", n.HomeRelay)
+			}
+			expires := ago(n.Expires, now)
+			if n.Expired {
+				expires += ", expired"
+			}
+			writeFields(c, [][2]string{
+				{"name", n.FullName},
+				{"id", string(n.StableID)},
+				{"owner", owner(n.User, n.Tags)},
+				{"addresses", list(n.Addresses)},
+				{"key", n.NodeKey.String()},
+				{"seen", seen(n, now)},
+				{"created", ago(n.Created, now)},
+				{"key expires", expires},
+				{"ephemeral", yesNo(n.Ephemeral)},
+				{"system", n.OS},
+				{"home relay", relay},
+				{"endpoints", list(n.Endpoints)},
+				{"may see", strings.Join(n.Peers, " ")},
+			})
+			return nil
+		})
+	},
+}
+
+// writeFields prints names and values, aligned.
+func writeFields(c *call, fields [][2]string) {
+	t := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	for _, f := range fields {
+		fmt.Fprintf(t, "%s\t%s\n", f[0], plain(f[1]))
+	}
+	t.Flush()
+}
+
+var nodeRemove = &command{
+	name: "node remove", args: "NAME", min: 1, max: 1,
+	short: "revoke a node: it is cut off at once",
+	long: `
+NAME is a name, full name, stable ID or mesh address. All connections of the node
+end; it cannot come back without another key.`,
+	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
+			if err := s.RemoveNode(ctx, c.args[0]); err != nil {
+				return err
+			}
+			c.printf("node %s removed\n", c.args[0])
+			return nil
+		})
+	},
+}

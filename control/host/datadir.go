@@ -1,0 +1,73 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+)
+
+// makeDataDir makes the data directory, or looks whether the one that is there
+// is ours alone: who may write to it could put other keys in place.
+func makeDataDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("data directory: %w", err)
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("data directory: %w", err)
+	}
+	// On Windows the mode bits say nothing about access.
+	if perm := fi.Mode().Perm(); runtime.GOOS != "windows" && perm&0o022 != 0 {
+		return fmt.Errorf("data directory %s: others may write to it (mode %04o): use one of your own, or chmod 700 it", dir, perm)
+	}
+	return nil
+}
+
+// serveAdmin opens the unix socket for administrators; its permissions are the
+// authentication.
+func (h *Host) serveAdmin() error {
+	ln, err := listenPrivately(h.cfg.DataDir, h.socket)
+	if err != nil {
+		return fmt.Errorf("administrators' socket: %w", err)
+	}
+	h.onClose(func() { os.Remove(h.socket) })
+	h.serveHTTP("administrators' socket", ln, h.server.AdminHandler())
+	return nil
+}
+
+// listenPrivately listens on a unix socket that at no moment anybody else may
+// open: it is made in a directory of its own and moved to its place, over a
+// leftover if there is one (nobody else serves this data directory).
+func listenPrivately(dir, socket string) (net.Listener, error) {
+	if runtime.GOOS == "windows" {
+		if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		return net.Listen("unix", socket)
+	}
+	private := filepath.Join(dir, ".new")
+	if err := os.RemoveAll(private); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(private, 0o700); err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(private)
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(private, "s"), Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	ln.SetUnlinkOnClose(false)
+	err = os.Chmod(filepath.Join(private, "s"), 0o600)
+	if err == nil {
+		err = os.Rename(filepath.Join(private, "s"), socket)
+	}
+	if err != nil {
+		ln.Close()
+		return nil, err
+	}
+	return ln, nil
+}
