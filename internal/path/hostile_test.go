@@ -3,6 +3,7 @@ package path
 import (
 	"errors"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -94,16 +95,19 @@ func TestReplayedPing(t *testing.T) {
 		n, a, b := pair(t)
 		attacker := ap("203.0.113.9:9")
 		// The attacker records a ping and a pong of b.
+		var mu sync.Mutex // guards recorded
 		var recorded [][]byte
-		n.tap = func(from, to netip.AddrPort, p []byte) {
+		n.setTap(func(from, to netip.AddrPort, p []byte) {
+			mu.Lock()
+			defer mu.Unlock()
 			if from == b.addr && to == a.addr && isDisco(p) {
 				recorded = append(recorded, p)
 			}
-		}
+		})
 		b.send(t, a, "x")
 		a.send(t, b, "x")
 		settle(time.Second)
-		n.tap = nil
+		n.setTap(nil)
 		if len(recorded) < 2 {
 			t.Fatalf("%d packets recorded", len(recorded))
 		}

@@ -57,6 +57,12 @@ func (n *memNet) block(a, b netip.Addr, on bool) {
 	n.blocked[[2]netip.Addr{b, a}] = on
 }
 
+func (n *memNet) setTap(tap func(from, to netip.AddrPort, b []byte)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.tap = tap
+}
+
 func (n *memNet) count(to netip.AddrPort) int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
