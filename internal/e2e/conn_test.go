@@ -32,8 +32,17 @@ func pair(t *testing.T, m *meshtest.Mesh, opt func(*mesh.Node), path string) (a,
 	a = m.Node("a", []string{"tag:a"}, opt)
 	b = m.Node("b", []string{"tag:a"}, opt)
 	meshtest.Up(t, a, b)
+	awaitPeers(t, a, b)
 	awaitPath(t, a, b, path)
 	return a, b
+}
+
+// awaitPeers waits until all nodes see each other.
+func awaitPeers(t testing.TB, nodes ...*mesh.Node) {
+	t.Helper()
+	for _, n := range nodes {
+		meshtest.Until(t, n.Hostname+" to see its peers", func() bool { return len(n.Status().Peers) >= len(nodes)-1 })
+	}
 }
 
 // awaitPath keeps a little traffic going until it takes the path.

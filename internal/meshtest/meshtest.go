@@ -82,16 +82,19 @@ func (m *Mesh) Key(k admin.KeyCreate) string {
 	return key.Secret
 }
 
-// Node returns a node that carries the tags and is closed when the test ends.
-// It is not started; options may change it before it is.
+// Node returns a node with a one-time key for the tags, or with no key if there
+// are none; it is closed when the test ends. It is not started; options may
+// change it before it is.
 func (m *Mesh) Node(name string, tags []string, options ...func(*mesh.Node)) *mesh.Node {
 	m.t.Helper()
 	n := &mesh.Node{
 		Hostname:   name,
 		ControlURL: m.Host.URL(),
-		AuthKey:    m.Key(admin.KeyCreate{Tags: tags}),
 		Dir:        filepath.Join(m.t.TempDir(), name),
 		Logger:     Logger(m.t).Named(name),
+	}
+	if tags != nil {
+		n.AuthKey = m.Key(admin.KeyCreate{Tags: tags})
 	}
 	for _, o := range options {
 		o(n)

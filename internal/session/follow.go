@@ -217,20 +217,14 @@ func onLoopback(controlURL string) bool {
 // and frees everything.
 func (s *Session) stopDataPlane(e *enrolment, why *error) {
 	s.cancel(*why)
-	reason := *why
-	if reason == nil || errors.Is(reason, net.ErrClosed) {
-		reason = net.ErrClosed
-	} else if errors.Is(reason, wire.ErrNodeRevoked) {
-		*why = &engine.RevokedError{Reason: wire.ErrNodeRevoked.Error()}
-		reason = *why
-	}
+	*why = revoked(*why)
 	s.mu.Lock()
 	s.end = *why // so that what fails from now on says so
 	s.mu.Unlock()
 	if s.cfg.Ephemeral && errors.Is(*why, net.ErrClosed) {
 		e.logout()
 	}
-	s.engine.CutAll(reason)
+	s.engine.CutAll(*why)
 	s.stack.Close()
 	if err := s.engine.Close(); err != nil {
 		s.log.Debug("close data plane", zap.Error(err))

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"mesh/control"
+	"mesh/control/wire"
 	"mesh/identity"
 	"mesh/internal/engine"
 	"mesh/internal/path"
@@ -139,11 +140,21 @@ func (s *Session) run() {
 	if cause := context.Cause(s.ctx); cause != nil && errors.Is(err, context.Canceled) {
 		err = cause
 	}
+	err = revoked(err)
 	s.mu.Lock()
 	s.end = err
 	s.mu.Unlock()
 	s.cancel(err)
 	close(s.ended)
+}
+
+// revoked makes of the control server's word that this node was removed the
+// error that connections end with, too.
+func revoked(err error) error {
+	if errors.Is(err, wire.ErrNodeRevoked) {
+		return &engine.RevokedError{Reason: "this " + wire.ErrNodeRevoked.Error()}
+	}
+	return err
 }
 
 // live runs the session from its keys to its end.
