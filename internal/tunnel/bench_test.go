@@ -73,6 +73,7 @@ func BenchmarkIdle(b *testing.B) {
 	var before, after runtime.MemStats
 	for range b.N {
 		runtime.GC()
+		runtime.GC() // pools keep what they have through one collection
 		runtime.ReadMemStats(&before)
 		goroutines := runtime.NumGoroutine()
 		tunnels := make([]*Tunnel, count)
@@ -89,9 +90,10 @@ func BenchmarkIdle(b *testing.B) {
 			tunnels[i] = t
 		}
 		runtime.GC()
+		runtime.GC()
 		runtime.ReadMemStats(&after)
 		b.ReportMetric(float64(runtime.NumGoroutine()-goroutines)/count, "goroutines/tunnel")
-		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/count/1024, "heapKB/tunnel")
+		b.ReportMetric((float64(after.HeapAlloc)-float64(before.HeapAlloc))/count/1024, "heapKB/tunnel")
 		for _, t := range tunnels {
 			t.Close()
 		}

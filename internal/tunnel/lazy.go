@@ -47,17 +47,31 @@ func (t *Tunnel) Update(keys []identity.NodePublic) {
 	if len(keys) == 0 {
 		return
 	}
+	// A peer that is being created is either among the active ones below, or
+	// its creator sees the new revision and looks again.
+	var active []identity.NodePublic
+	t.route.Lock()
 	t.revision.Add(1)
-	left, gone := t.configure(keys, shrink)
-	for _, ch := range gone {
-		<-ch
+	t.mu.RLock()
+	for _, k := range keys {
+		if t.peers[k] != nil {
+			active = append(active, k)
+		}
 	}
-	for _, p := range left {
-		p.awaitDelivery()
-	}
-	_, gone = t.configure(keys, adjust)
-	for _, ch := range gone {
-		<-ch
+	t.mu.RUnlock()
+	t.route.Unlock()
+	if len(active) > 0 {
+		left, gone := t.configure(active, shrink)
+		for _, ch := range gone {
+			<-ch
+		}
+		for _, p := range left {
+			p.awaitDelivery()
+		}
+		_, gone = t.configure(active, adjust)
+		for _, ch := range gone {
+			<-ch
+		}
 	}
 	t.retryHeld(keys)
 }
@@ -155,7 +169,7 @@ func (t *Tunnel) apply(wishes []wish, m mode) (lost []*peer, gone []chan struct{
 			continue
 		}
 		if p == nil {
-			if t.leaving[w.key] != nil || len(t.peers)+len(t.leaving) >= device.MaxPeers {
+			if t.changing != nil || t.leaving[w.key] != nil || len(t.peers)+len(t.leaving) >= device.MaxPeers {
 				continue
 			}
 			p = newPeer(w.key, now)
@@ -197,7 +211,11 @@ func (t *Tunnel) apply(wishes []wish, m mode) (lost []*peer, gone []chan struct{
 			t.log.Error("configure tunnel", zap.Error(err))
 		}
 	}
+	for _, p := range made {
+		t.log.Debug("tunnel peer added", zap.String("peer", p.key.Short()))
+	}
 	for _, p := range retired {
+		t.log.Debug("tunnel peer removed", zap.String("peer", p.key.Short()))
 		gone = append(gone, t.dismiss(p))
 	}
 	if len(made) > 0 {
@@ -234,35 +252,22 @@ func (t *Tunnel) dismiss(p *peer) chan struct{} {
 	t.mu.RLock()
 	done := t.leaving[p.key]
 	t.mu.RUnlock()
+	dev := t.dev
 	t.wg.Go(func() {
 		key := device.NoisePublicKey(p.key.Bytes())
 		// Stopped first, because RemovePeer blocks everybody else while it
 		// waits for a running peer.
-		if dp := t.dev.LookupPeer(key); dp != nil {
+		if dp := dev.LookupPeer(key); dp != nil {
 			dp.Stop()
 			dropFinalizers(dp)
 		}
-		t.dev.RemovePeer(key)
+		dev.RemovePeer(key)
 		t.mu.Lock()
 		delete(t.leaving, p.key)
 		t.mu.Unlock()
 		close(done)
 	})
 	return done
-}
-
-// dismissAndWait removes a peer whatever Lookup says.
-func (t *Tunnel) dismissAndWait(key identity.NodePublic) {
-	t.route.Lock()
-	if t.closed {
-		t.route.Unlock()
-		return
-	}
-	_, gone, _ := t.apply([]wish{{key: key}}, shrink)
-	t.route.Unlock()
-	for _, ch := range gone {
-		<-ch
-	}
 }
 
 // evictIdle removes peers without traffic and says when the next one may be
@@ -299,18 +304,22 @@ func (t *Tunnel) evictIdle(now time.Time) time.Duration {
 func (t *Tunnel) obtain(key identity.NodePublic) (*peer, error) {
 	deadline := time.Time{}
 	for {
+		if t.isClosing() {
+			return nil, ErrClosed
+		}
 		now := time.Now()
 		t.mu.RLock()
 		p, leaving, full := t.peers[key], t.leaving[key], len(t.peers)+len(t.leaving) >= device.MaxPeers
 		if p != nil {
 			p.active.Store(now.UnixNano())
 		}
+		if leaving == nil {
+			leaving = t.changing
+		}
 		t.mu.RUnlock()
 		switch {
 		case p != nil:
 			return p, nil
-		case t.isClosing():
-			return nil, ErrClosed
 		case full:
 			return nil, fmt.Errorf("peer %s: %w", key.Short(), errTooManyPeers)
 		}

@@ -129,7 +129,7 @@ func TestRemovedPeerStopsAtOnce(t *testing.T) {
 		b.forget(a)
 		b.t.Update([]identity.NodePublic{a.key})
 		out := b.t.Stats().DatagramsOut
-		if b.t.ActivePeers() != 0 || b.t.dev.LookupPeer(a.key.Bytes()) != nil {
+		if b.t.ActivePeers() != 0 || b.device().LookupPeer(a.key.Bytes()) != nil {
 			t.Fatal("the peer is still configured")
 		}
 		a.say(t, b, "y")

@@ -17,7 +17,8 @@ type Stats struct {
 	SendErrors   uint64 // Config.Send returned an error
 	Evicted      uint64 // peers removed because they were idle
 
-	// Outbound packets that were dropped.
+	// Outbound packets that were dropped. The first also counts initiations of
+	// known peers that could not be created.
 	DropNoPeer      uint64 // Lookup does not know the peer, or it could not be created
 	DropDestination uint64 // destination is not the peer's, blocked, or no IP packet
 	DropStalled     uint64 // nothing leaves for this peer

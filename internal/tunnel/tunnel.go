@@ -114,21 +114,22 @@ type Config struct {
 type Tunnel struct {
 	cfg Config
 	log *zap.Logger
-	dev *device.Device
-	tun *fakeTUN
 
 	key      atomic.Pointer[localKey]
 	blocked  atomic.Pointer[lpm[struct{}]] // see Block; nil means none
 	stats    counters
 	history  history
 	strange  *rate.Limiter // initiations from sources nobody vouches for
-	revision atomic.Uint64 // counts Updates, so that older lookups are not applied
+	revision atomic.Uint64 // counts Updates, so that older lookups are not applied; changed under route
 
 	// route is held by whoever changes which peer owns an address, and by the
 	// Device's reader from the moment packets are handed to it until it has
 	// routed them. Taken before mu.
 	route  sync.Mutex
-	closed bool // guarded by route
+	closed bool           // guarded by route
+	dev    *device.Device // guarded by route; changes with the key
+
+	keyChange sync.Mutex // held for the whole of a change of the key; taken first
 
 	// mu guards the maps and the table below, and what peers say it guards.
 	// Nothing is called and nothing waits while it is held.
@@ -138,6 +139,7 @@ type Tunnel struct {
 	table    table
 	leaving  map[identity.NodePublic]chan struct{} // closed when the Device has let go of the peer
 	held     map[identity.NodePublic]heldInitiation
+	changing chan struct{} // closed when a change of the key is done; nil if there is none
 
 	out     chan *train
 	in      chan *train
@@ -182,17 +184,24 @@ func New(cfg Config) (*Tunnel, error) {
 		done:     make(chan struct{}),
 	}
 	t.key.Store(key)
-	t.tun = newFakeTUN(t)
-	t.dev = device.NewDevice(t.tun, &fakeBind{t: t}, deviceLogger(t.log))
-	if err = t.dev.SetPrivateKey(cfg.Key.Bytes()); err == nil {
-		err = t.dev.Up()
-	}
-	if err != nil {
-		t.dev.Close()
-		return nil, fmt.Errorf("tunnel: start: %w", err)
+	if t.dev, err = t.newDevice(cfg.Key); err != nil {
+		return nil, err
 	}
 	t.wg.Go(t.work)
 	return t, nil
+}
+
+func (t *Tunnel) newDevice(k identity.NodePrivate) (*device.Device, error) {
+	dev := device.NewDevice(newFakeTUN(t), &fakeBind{t: t}, deviceLogger(t.log))
+	err := dev.SetPrivateKey(k.Bytes())
+	if err == nil {
+		err = dev.Up()
+	}
+	if err != nil {
+		dev.Close()
+		return nil, fmt.Errorf("tunnel: start: %w", err)
+	}
+	return dev, nil
 }
 
 // Close ends all sessions and returns when no callback runs any more and none
@@ -208,18 +217,28 @@ func (t *Tunnel) Close() error {
 		return nil
 	}
 	close(t.closing)
+	t.keyChange.Lock()
+	defer t.keyChange.Unlock()
 	t.wg.Wait()
-	for _, p := range t.active() {
-		dropFinalizers(t.dev.LookupPeer(p.key.Bytes()))
-	}
-	t.dev.Close()
+	t.route.Lock()
+	dev := t.dev
+	t.route.Unlock()
+	closeDevice(dev, t.active())
 	close(t.done)
 	return nil
 }
 
-// SetKey replaces the node's private key. Sessions continue to receive for up
-// to three minutes; whatever is sent next starts a handshake with the new key.
-// Initiations made for the old key are refused.
+// closeDevice ends a Device that has at most the given peers.
+func closeDevice(dev *device.Device, peers []*peer) {
+	for _, p := range peers {
+		dropFinalizers(dev.LookupPeer(p.key.Bytes()))
+	}
+	dev.Close()
+}
+
+// SetKey replaces the node's private key. All sessions end at once, since they
+// belong to the old key; whatever is sent next starts a handshake with the new
+// one, and initiations made for the old key are refused.
 func (t *Tunnel) SetKey(k identity.NodePrivate) error {
 	if k.IsZero() {
 		return errors.New("tunnel: no private key")
@@ -228,17 +247,50 @@ func (t *Tunnel) SetKey(k identity.NodePrivate) error {
 	if err != nil {
 		return fmt.Errorf("tunnel: %w", err)
 	}
-	t.dismissAndWait(key.public) // a peer with our own key can only be a mistake
+	t.keyChange.Lock()
+	defer t.keyChange.Unlock()
+	if key.public == t.key.Load().public {
+		return nil
+	}
+
+	// A new Device, because SetPrivateKey of one that is shaking hands can
+	// deadlock: ConsumeMessageResponse takes the handshake's lock before that
+	// of the identity, everybody else after it.
 	t.route.Lock()
-	defer t.route.Unlock()
 	if t.closed {
+		t.route.Unlock()
 		return ErrClosed
 	}
-	t.key.Store(key)
-	if err := t.dev.SetPrivateKey(k.Bytes()); err != nil {
-		return fmt.Errorf("tunnel: set private key: %w", err)
+	t.revision.Add(1)
+	old, changed := t.dev, make(chan struct{})
+	t.mu.Lock()
+	t.changing = changed
+	peers := slices.Collect(maps.Values(t.peers))
+	for _, p := range peers {
+		t.retire(p)
 	}
-	return nil
+	t.table.take()
+	t.mu.Unlock()
+	t.route.Unlock()
+
+	closeDevice(old, peers)
+	fresh, err := t.newDevice(k)
+
+	t.route.Lock()
+	defer t.route.Unlock()
+	if err == nil {
+		t.dev = fresh
+		t.key.Store(key)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.changing = nil
+	close(changed)
+	for _, p := range peers {
+		close(t.leaving[p.key])
+		delete(t.leaving, p.key)
+	}
+	return err
 }
 
 // Block refuses packets from and to the given inner addresses, whoever sends

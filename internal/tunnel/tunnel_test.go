@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.zx2c4.com/wireguard/device"
 
 	"mesh/identity"
 )
@@ -96,6 +97,12 @@ func (nw *network) close() {
 	for _, n := range nodes {
 		n.t.Close()
 	}
+}
+
+func (n *node) device() *device.Device {
+	n.t.route.Lock()
+	defer n.t.route.Unlock()
+	return n.t.dev
 }
 
 func (n *node) lookup(k identity.NodePublic) (Peer, bool) {
