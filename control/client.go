@@ -222,9 +222,9 @@ func (c *Client) post(ctx context.Context, path string, body any) (*http.Respons
 	if err != nil {
 		if ctx.Err() == nil {
 			c.drop(conn)
-			err = &UnreachableError{c.base, fmt.Errorf("connection lost: %w", err)}
+			err = fmt.Errorf("connection lost: %w", err)
 		}
-		return nil, conn, c.because(ctx, err)
+		return nil, conn, c.unreachable(ctx, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()

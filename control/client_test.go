@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -276,6 +277,7 @@ func TestTLS(t *testing.T) {
 	f := newFake(t, ln)
 	f.register = func(wire.RegisterRequest) any { return wire.RegisterResponse{} }
 	s := httptest.NewUnstartedServer(f.server.Handler)
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.EnableHTTP2 = true // which the client must not pick for the upgrade
 	s.StartTLS()
 	defer s.Close()

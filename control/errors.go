@@ -134,7 +134,12 @@ const defaultRetryAfter = 5 * time.Second
 // which it did. The reason never stands alone: it names the server, and the
 // error if that says more.
 func (c *Client) because(ctx context.Context, err error) error {
-	if err == nil || ctx.Err() == nil {
+	switch {
+	case err == nil:
+		return nil
+	case c.life.Err() != nil: // which ctx may not have heard of yet
+		return ErrClosed
+	case ctx.Err() == nil:
 		return err
 	}
 	cause := context.Cause(ctx)
@@ -153,7 +158,7 @@ func (c *Client) because(ctx context.Context, err error) error {
 
 // unreachable wraps what failed on the way to the server, unless ctx ended.
 func (c *Client) unreachable(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || c.life.Err() != nil {
 		return c.because(ctx, err)
 	}
 	return &UnreachableError{c.base, err}

@@ -144,18 +144,30 @@ type poll struct {
 	t       testing.TB
 	req     wire.MapRequest
 	relay   wire.RelayRequest
-	w       http.ResponseWriter
-	done    chan struct{} // ends it
+	do      chan func(http.ResponseWriter) // what to do next, in the handler's goroutine
+	done    chan struct{}                  // ends it
 	closed  <-chan struct{}
 	machine identity.MachinePublic
 }
 
 func (p *poll) end() { close(p.done) }
 
+// answer does something with the stream, unless the client has left.
+func (p *poll) answer(f func(http.ResponseWriter)) {
+	did := make(chan struct{})
+	select {
+	case p.do <- func(w http.ResponseWriter) { defer close(did); f(w) }:
+		<-did
+	case <-p.closed:
+	}
+}
+
 // raw sends bytes as they are.
 func (p *poll) raw(b []byte) {
-	p.w.Write(b)
-	http.NewResponseController(p.w).Flush()
+	p.answer(func(w http.ResponseWriter) {
+		w.Write(b)
+		http.NewResponseController(w).Flush()
+	})
 }
 
 func frame(body []byte) []byte {
@@ -268,15 +280,21 @@ func (f *fake) upgrade(w http.ResponseWriter, r *http.Request) {
 }
 
 func (f *fake) poll(w http.ResponseWriter, r *http.Request, p *poll) {
-	p.t, p.w, p.done, p.closed = f.t, w, make(chan struct{}), r.Context().Done()
+	p.t, p.do, p.done, p.closed = f.t, make(chan func(http.ResponseWriter)), make(chan struct{}), r.Context().Done()
 	select {
 	case f.polls <- p:
 	case <-p.closed:
 		return
 	}
-	select {
-	case <-p.done:
-	case <-p.closed:
+	for {
+		select {
+		case f := <-p.do:
+			f(w)
+		case <-p.done:
+			return
+		case <-p.closed:
+			return
+		}
 	}
 }
 

@@ -112,7 +112,7 @@ func TestSessionRetries(t *testing.T) {
 			func(p *poll) { p.send(wire.MapResponse{Node: other}) },
 			func(p *poll) { p.send(wire.MapResponse{PeersRemoved: []wire.NodeID{1}}) },
 			func(p *poll) { p.raw([]byte("GARBAGE!")) },
-			func(p *poll) { status(500, "oops")(p.w) },
+			func(p *poll) { p.answer(status(500, "oops")) },
 			func(p *poll) { p.send(l.whole()) },
 			func(p *poll) {}, func(p *poll) {}, func(p *poll) {}, func(p *poll) {}, func(p *poll) {},
 		} {
@@ -128,7 +128,7 @@ func TestSessionRetries(t *testing.T) {
 		if len(l.maps) != 1 {
 			t.Errorf("%d maps", len(l.maps))
 		}
-		status(http.StatusTooManyRequests, "", "Retry-After", "600")(p.w)
+		p.answer(status(http.StatusTooManyRequests, "", "Retry-After", "600"))
 		p.end()
 		start = time.Now()
 		p = <-f.polls
@@ -195,7 +195,6 @@ func TestSessionFatal(t *testing.T) {
 			}
 			l = live(t, f, nil)
 			l.SetHostState(HostState{DiscoKey: identity.NewDisco().Public()})
-			<-f.polls
 			if err := <-l.end; !errors.Is(err, code.Err()) {
 				t.Errorf("%s: %v", code, err)
 			}

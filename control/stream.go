@@ -134,11 +134,11 @@ func (c *Client) stream(ctx context.Context, path string, req any, compressed bo
 			return c.because(ctx, err)
 		}
 		if err == io.EOF {
-			return ErrStreamEnded
+			return c.because(ctx, ErrStreamEnded)
 		}
 		if conn.Err() != nil {
 			c.drop(conn)
-			return &UnreachableError{c.base, fmt.Errorf("connection lost: %w", err)}
+			return c.unreachable(ctx, fmt.Errorf("connection lost: %w", err))
 		}
 		return err
 	}

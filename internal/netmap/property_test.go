@@ -193,7 +193,7 @@ func (w *world) full() *wire.MapResponse {
 // Any sequence of messages gives the map that control would send at once; the
 // deltas lead there too; and maps of the past stay as they were.
 func TestDeltasEqualFullMap(t *testing.T) {
-	runs := 300
+	runs := 120
 	if testing.Short() {
 		runs = 30
 	}
