@@ -204,8 +204,8 @@ func TestSlowReader(t *testing.T) {
 		const changes = 600
 		for i := range changes {
 			b.lite(wordy(i + 1))
+			synctest.Wait() // each is a message of its own, as long as there is room
 		}
-		synctest.Wait()
 		w.s.mu.Lock()
 		if p := w.s.nodes.byKey[a.key.Public()].stream.pending; len(p.peers) != 1 {
 			t.Errorf("%d peers are pending for a reader that stopped, want 1", len(p.peers))
@@ -232,6 +232,7 @@ func TestStalledReaderIsCut(t *testing.T) {
 		nb := b.poll(nil)
 		for i := range 500 {
 			b.lite(wordy(i + 1))
+			synctest.Wait()
 		}
 		stalled := time.Now()
 		nb.until(t, "a to be offline", func() bool { p := nb.peers[na.self.ID]; return p != nil && p.Online != nil && !*p.Online })
