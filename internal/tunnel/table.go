@@ -9,19 +9,18 @@ import (
 // lpm finds the value of the longest prefix that holds an address. The zero
 // value is empty. It is not safe for concurrent changes.
 type lpm[T any] struct {
-	hosts      map[netip.Addr]T   // full-length prefixes, by far the most
-	nets       map[netip.Prefix]T // all others, masked
-	lens4      []int              // lengths in nets, longest first
-	lens6      []int
-	uses4      [33]int
-	uses6      [129]int
-	zero       T
-	haveLookup bool
+	hosts map[netip.Addr]T   // full-length prefixes, by far the most
+	nets  map[netip.Prefix]T // all others, masked
+	lens4 []int              // lengths in nets, longest first
+	lens6 []int
+	uses4 [33]int
+	uses6 [129]int
+	zero  T
 }
 
 func (l *lpm[T]) set(p netip.Prefix, v T) {
-	if !l.haveLookup {
-		l.hosts, l.nets, l.haveLookup = make(map[netip.Addr]T), make(map[netip.Prefix]T), true
+	if l.hosts == nil {
+		l.hosts, l.nets = make(map[netip.Addr]T), make(map[netip.Prefix]T)
 	}
 	if p.IsSingleIP() {
 		l.hosts[p.Addr()] = v
