@@ -10,6 +10,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
@@ -171,7 +172,11 @@ func (l *Listener) Close() error {
 	l.once.Do(func() {
 		close(l.done)
 		l.acceptBy.set(time.Time{})
+		halfOpen := l.handshakes()
 		l.ep.Close()
+		for _, f := range halfOpen {
+			l.s.provoke(f)
+		}
 		l.s.untrack(func() { delete(l.s.listeners, l) })
 	})
 	<-l.pumped
@@ -183,6 +188,46 @@ func (l *Listener) Close() error {
 			return nil
 		}
 	}
+}
+
+// handshakes returns the flows of handshakes under way. gVisor forgets them when
+// the listener closes, and while it does so it may swallow the last packet
+// of a handshake: to it the queue of a closing listener is full.
+func (l *Listener) handshakes() []Flow {
+	var flows []Flow
+	for _, tep := range l.s.st.RegisteredEndpoints() {
+		ep, ok := tep.(*tcp.Endpoint)
+		if !ok || tcp.EndpointState(ep.State()) != tcp.StateSynRecv {
+			continue
+		}
+		if f := flowOf(ep); f.Local.Port() == l.addr.Port() {
+			flows = append(flows, f)
+		}
+	}
+	return flows
+}
+
+// provoke sends a segment that the other side of f answers with an
+// acknowledgement if it believes in the connection; the stack, which does not, then
+// resets it. An open connection of ours would survive it.
+func (s *Stack) provoke(f Flow) {
+	r, terr := s.st.FindRoute(nicID, toAddress(f.Local.Addr()), toAddress(f.Remote.Addr()), protocolOf(f.Local.Addr()), false)
+	if terr != nil {
+		return
+	}
+	defer r.Release()
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{ReserveHeaderBytes: int(r.MaxHeaderLength()) + header.TCPMinimumSize})
+	defer pkt.DecRef()
+	pkt.TransportProtocolNumber = tcp.ProtocolNumber
+	h := header.TCP(pkt.TransportHeader().Push(header.TCPMinimumSize))
+	h.Encode(&header.TCPFields{
+		SrcPort:    f.Local.Port(),
+		DstPort:    f.Remote.Port(),
+		DataOffset: header.TCPMinimumSize,
+		Flags:      header.TCPFlagAck,
+	})
+	h.SetChecksum(^h.CalculateChecksum(r.PseudoHeaderChecksum(tcp.ProtocolNumber, header.TCPMinimumSize)))
+	r.WritePacket(stack.NetworkHeaderParams{Protocol: tcp.ProtocolNumber, TTL: r.DefaultTTL()}, pkt)
 }
 
 // SetDeadline makes Accept fail with os.ErrDeadlineExceeded from t on. The zero time
