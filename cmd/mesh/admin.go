@@ -17,7 +17,7 @@ const adminTimeout = 60 * time.Second
 
 // dataFlag is the server's data directory, the same for all commands.
 func dataFlag(fs *flag.FlagSet) *string {
-	return fs.String("data", "", "data `DIR` of the server (default $MESH_DATA, or CONFIG/mesh-server)")
+	return fs.String("data", "", "data `DIR` (default $MESH_DATA or USER-CONFIG-DIR/mesh-server)")
 }
 
 // dataDir is the directory that a --data flag means.

@@ -34,9 +34,9 @@ func writeOverview(w io.Writer) {
 	fmt.Fprintln(w)
 	writeCommands(w, commands())
 	fmt.Fprintln(w)
-	fmt.Fprintln(w, "`mesh help COMMAND` tells more. Commands of administrators talk to the server on")
-	fmt.Fprintln(w, "this machine, through the unix socket in its data directory (--data, $MESH_DATA, or mesh-server")
-	fmt.Fprintln(w, "in CONFIG, the user's config directory).")
+	fmt.Fprintln(w, "`mesh help COMMAND` tells more. Commands of administrators talk to the server on this")
+	fmt.Fprintln(w, "machine through the unix socket in its data directory: --data, or $MESH_DATA, or")
+	fmt.Fprintln(w, "mesh-server in the user's config directory.")
 	fmt.Fprintln(w, "Exit status: 0 done, 1 refused or failed, 2 used wrongly.")
 }
 

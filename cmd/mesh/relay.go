@@ -32,7 +32,7 @@ It prints where it listens, and "announced" when the control server has accepted
 The --region is a number that no other relay of the mesh has.`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		var cfg host.RelayConfig
-		fs.StringVar(&cfg.DataDir, "data", "", "`DIR` of keys and members (default CONFIG/mesh-relay)")
+		fs.StringVar(&cfg.DataDir, "data", "", "`DIR` of keys and members (default USER-CONFIG-DIR/mesh-relay)")
 		fs.StringVar(&cfg.Listen, "listen", "127.0.0.1:8443", "TCP `ADDR` for nodes (default 127.0.0.1:8443)")
 		fs.StringVar(&cfg.STUN, "stun", "", fmt.Sprintf("UDP `ADDR` for STUN, or \"off\" (default port %d, host of --listen)", host.DefaultSTUNPort))
 		fs.StringVar(&cfg.Host, "host", "", "`NAME` or address at which nodes reach --listen")

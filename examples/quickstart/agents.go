@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"mesh"
@@ -248,6 +249,7 @@ func (a *agent) pathTo(addr string) string {
 const (
 	kindDenied  = "refused"
 	kindRevoked = "revoked"
+	kindReset   = "reset"
 	kindUnknown = "unknown"
 	kindOther   = "failed"
 )
@@ -259,6 +261,8 @@ func kindOf(err error) string {
 		return kindDenied
 	case errors.Is(err, mesh.ErrRevoked):
 		return kindRevoked
+	case errors.Is(err, syscall.ECONNRESET):
+		return kindReset
 	case errors.Is(err, mesh.ErrUnknownHost):
 		return kindUnknown
 	}

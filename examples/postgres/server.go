@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// findServer returns the directory of initdb and postgres.
+func findServer() (string, error) {
+	if path, err := exec.LookPath("initdb"); err == nil {
+		if path, err = filepath.EvalSymlinks(path); err == nil {
+			return filepath.Dir(path), nil
+		}
+	}
+	var dirs []string
+	for _, pattern := range []string{"/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin", "/opt/homebrew/opt/postgresql@*/bin"} {
+		found, _ := filepath.Glob(pattern + "/initdb")
+		dirs = append(dirs, found...)
+	}
+	if len(dirs) == 0 {
+		return "", errors.New("no PostgreSQL server found: its programs initdb and postgres are neither on PATH nor in /usr/lib/postgresql/*/bin; on Debian: apt-get install postgresql")
+	}
+	// The newest version: numbers compare as numbers.
+	number := func(path string) (n int) {
+		digits := strings.FieldsFunc(path, func(r rune) bool { return r < '0' || r > '9' })
+		if len(digits) > 0 {
+			n, _ = strconv.Atoi(digits[0])
+		}
+		return n
+	}
+	newest := slices.MaxFunc(dirs, func(a, b string) int { return number(a) - number(b) })
+	return filepath.Dir(newest), nil
+}
+
+// pgServer is a running PostgreSQL server.
+type pgServer struct {
+	version string
+	socket  string // path of its unix socket
+	cmd     *exec.Cmd
+	output  chan string   // its log; closed at its end
+	gone    chan struct{} // closed when all of the log was read
+}
+
+// startServer makes a database in dir and serves it on a unix socket there.
+func startServer(ctx context.Context, bin, dir string) (_ *pgServer, err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	// PostgreSQL does not run as root, so root lends it another user.
+	attr, err := unprivileged(dir)
+	if err != nil {
+		return nil, err
+	}
+	data := filepath.Join(dir, "data")
+	initdb := exec.CommandContext(ctx, filepath.Join(bin, "initdb"),
+		"--pgdata="+data, "--username=agent", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+	initdb.Dir, initdb.SysProcAttr = dir, attr
+	if out, err := initdb.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("initdb: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	p := &pgServer{socket: filepath.Join(dir, ".s.PGSQL.5432"), output: make(chan string, 64), gone: make(chan struct{})}
+	version := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version")
+	version.Dir, version.SysProcAttr = dir, attr
+	out, err := version.Output()
+	if err != nil {
+		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	p.version = strings.TrimSpace(strings.Replace(string(out), "postgres (PostgreSQL)", "PostgreSQL", 1))
+	p.cmd = exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-p", "5432",
+		"-c", "listen_addresses=", // no TCP: the mesh is the only way in
+		"-c", "unix_socket_directories="+dir,
+		"-c", "unix_socket_permissions=0700",
+		"-c", "fsync=off", "-c", "logging_collector=off", "-c", "log_destination=stderr", "-c", "lc_messages=C")
+	p.cmd.Dir, p.cmd.SysProcAttr = dir, attr
+	log, err := p.cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	go p.read(log)
+	var last string
+	for {
+		select {
+		case line, ok := <-p.output:
+			if !ok {
+				return nil, fmt.Errorf("postgres did not start: %w; it said: %s", p.cmd.Wait(), last)
+			}
+			if last = line; strings.Contains(line, "ready to accept connections") {
+				go func() { // nobody wants to know the rest
+					defer close(p.gone)
+					for range p.output {
+					}
+				}()
+				return p, nil
+			}
+		case <-ctx.Done():
+			p.cmd.Process.Kill()
+			for range p.output {
+			}
+			p.cmd.Wait()
+			return nil, fmt.Errorf("waiting for postgres: %w", ctx.Err())
+		}
+	}
+}
+
+func (p *pgServer) read(log io.Reader) {
+	defer close(p.output)
+	lines := bufio.NewScanner(log)
+	for lines.Scan() {
+		p.output <- lines.Text()
+	}
+	io.Copy(io.Discard, log) // a line that is too long must not hold it up
+}
+
+// stop ends the server and waits for it.
+func (p *pgServer) stop() {
+	// SIGINT: do not wait for clients. Where there is no such signal, kill.
+	if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
+		p.cmd.Process.Kill()
+	}
+	kill := time.AfterFunc(10*time.Second, func() { p.cmd.Process.Kill() })
+	defer kill.Stop()
+	<-p.gone
+	p.cmd.Wait()
+}
