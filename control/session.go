@@ -21,6 +21,13 @@ import (
 // one more failure in a row.
 const steady = 30 * time.Second
 
+// For shortOutage after the last contact attempts to connect are at most
+// quickRetry apart.
+const (
+	shortOutage = 2 * time.Minute
+	quickRetry  = 2 * time.Second
+)
+
 // HostState is what the control server and peers are told about a node.
 type HostState struct {
 	DiscoKey identity.DiscoPublic
@@ -206,6 +213,7 @@ func (s *Session) run(ctx context.Context) error {
 
 	inForce := s.cfg.InForce
 	var wait backoff.Backoff
+	contact := time.Now() // when the control server was last there
 	for {
 		var upSince time.Time
 		var cur *netmap.Map
@@ -244,8 +252,17 @@ func (s *Session) run(ctx context.Context) error {
 			return err
 		}
 		s.state(err)
-		if !upSince.IsZero() && time.Since(upSince) >= steady {
-			wait.Reset()
+		if !upSince.IsZero() {
+			contact = time.Now()
+			if contact.Sub(upSince) >= steady {
+				wait.Reset()
+			}
+		}
+		// A restart takes moments, and what waits for it should not take
+		// longer; an outage is another thing.
+		wait.Max = quickRetry
+		if time.Since(contact) > shortOutage {
+			wait.Max = backoff.DefaultMax
 		}
 		s.c.log.Debug("map stream ended, will try again", zap.Error(err))
 		s.forgetNudge()

@@ -120,8 +120,19 @@ func TestSessionRetries(t *testing.T) {
 			play(p)
 			p.end()
 		}
+		gone := time.Now()
+		var p *poll
+		for time.Since(gone) <= shortOutage {
+			start := time.Now()
+			p = <-f.polls
+			// The last contact was some seconds before the loop began.
+			if d := time.Since(start); d > quickRetry && start.Sub(gone) < shortOutage-30*time.Second {
+				t.Errorf("%v after the server went the wait is %v", start.Sub(gone), d)
+			}
+			p.end()
+		}
 		start := time.Now()
-		p := <-f.polls
+		p = <-f.polls
 		if d := time.Since(start); d < 15*time.Second || d > 30*time.Second {
 			t.Errorf("after many failures the wait is %v", d)
 		}

@@ -36,7 +36,7 @@ func Dial(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		}
 		return &DialError{cfg.Target, stage, err}
 	}
-	nc, err := dial(ctx, "tcp", cfg.Target.Addr)
+	raw, err := dial(ctx, "tcp", cfg.Target.Addr)
 	if err != nil {
 		var op *net.OpError
 		if errors.As(err, &op) {
@@ -49,13 +49,14 @@ func Dial(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		return nil, fail(StageDial, err)
 	}
 	// From here on the end of ctx shows as a time-out of the socket.
-	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
+	nc := raw
 	if !cfg.Target.PlainHTTP {
-		tc, err := cfg.startTLS(ctx, nc)
+		tc, err := cfg.startTLS(ctx, raw)
 		if err != nil {
-			nc.Close()
+			raw.Close()
 			return nil, fail(StageTLS, err)
 		}
 		nc = tc

@@ -52,6 +52,7 @@ func TestRemovedNodeIsCutOff(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), meshtest.Patience)
 			defer cancel()
+			meshtest.Until(t, "the removed node to be forgotten", func() bool { return len(a.Status().Peers) == 0 })
 			if _, err := a.Dial(ctx, "tcp", "b:1"); !errors.Is(err, mesh.ErrUnknownHost) {
 				t.Errorf("dial to the removed node: %v", err)
 			}

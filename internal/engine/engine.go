@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
@@ -153,6 +154,9 @@ func (e *Engine) Close() error {
 	err := e.tunnel.Close()
 	return errors.Join(err, e.path.Close())
 }
+
+// Drain waits until what was sent has left, but not longer than atMost.
+func (e *Engine) Drain(atMost time.Duration) { e.tunnel.Drain(atMost) }
 
 // Map returns the snapshot in force. It is never nil and never changes.
 func (e *Engine) Map() *netmap.Map { return e.current.Load() }

@@ -38,11 +38,12 @@ type peer struct {
 	born instant // not changed
 
 	// Guarded by Path.mu.
-	info  Peer
-	ch    chooser
-	at    instant // when something is due
-	index int     // in the heap; -1 = not there
-	gone  bool
+	info   Peer
+	ch     chooser
+	at     instant // when something is due
+	index  int     // in the heap; -1 = not there
+	gone   bool
+	unsent unsent
 
 	bound map[netip.AddrPort]struct{} // guarded by table.mu
 }
@@ -352,6 +353,13 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 		p.probe(pe, now)
 	}
 	if err != nil {
+		if err == ErrNoPath {
+			p.mu.Lock()
+			if !pe.gone {
+				pe.unsent.keep(datagrams, now)
+			}
+			p.mu.Unlock()
+		}
 		return fmt.Errorf("send to %s: %w", pe.key.Short(), err)
 	}
 	return nil
@@ -524,4 +532,5 @@ func (p *Path) refresh(key identity.NodePublic) {
 	}
 	p.mu.Unlock()
 	p.perform(pe, &out)
+	p.sendUnsent(pe)
 }

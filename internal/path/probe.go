@@ -101,6 +101,7 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 		if to == from {
 			p.peers.bind(from, pe, true)
 		}
+		p.sendUnsent(pe)
 		return
 	}
 }

@@ -27,6 +27,16 @@ import (
 // its own endpoints before it says that it is up all the same.
 const readyTimeout = 10 * time.Second
 
+// For shortOutage a node that came up without the control server tries it again
+// at least every quickRetry, and less often then.
+const (
+	shortOutage = 2 * time.Minute
+	quickRetry  = 2 * time.Second
+)
+
+// drainTimeout bounds how long the resets of a node that leaves may take.
+const drainTimeout = 200 * time.Millisecond
+
 // follow runs the data plane and keeps it in step with the control server.
 func (s *Session) follow(e *enrolment) (err error) {
 	var wg sync.WaitGroup
@@ -137,14 +147,17 @@ func (e *enrolment) savedMap() (*netmap.Map, error) {
 // keepRegistering goes on after a failure until the control server has accepted
 // the node, or refused it for good. The data plane runs, so the node key stays.
 func (s *Session) keepRegistering(e *enrolment, err error) error {
-	var wait backoff.Backoff
-	for err != nil {
+	wait := backoff.Backoff{Max: quickRetry}
+	for since := time.Now(); err != nil; {
 		if s.ctx.Err() != nil || !worthRetry(err) {
 			return err
 		}
 		s.setTrouble(err)
 		if werr := wait.Wait(s.ctx, 0, nil, err); werr != nil {
 			return werr
+		}
+		if time.Since(since) > shortOutage {
+			wait.Max = backoff.DefaultMax
 		}
 		err = e.register(s.ctx, false)
 	}
@@ -224,8 +237,14 @@ func (s *Session) stopDataPlane(e *enrolment, why *error) {
 	if s.cfg.Ephemeral && errors.Is(*why, net.ErrClosed) {
 		e.logout()
 	}
+	if errors.Is(*why, engine.ErrRevoked) {
+		// Peers hear from control that this node is gone, and why. A reset
+		// from here would only come before that and say less.
+		s.engine.Close()
+	}
 	s.engine.CutAll(*why)
 	s.stack.Close()
+	s.engine.Drain(drainTimeout)
 	if err := s.engine.Close(); err != nil {
 		s.log.Debug("close data plane", zap.Error(err))
 	}
