@@ -64,8 +64,12 @@ func newGVisor() (*stack.Stack, error) {
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	reuse := tcpip.TCPTimeWaitReuseGlobal
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	// gVisor's RACK may leave a connection that lost the last segments of both
+	// directions without any timer running, for ever. Without it the classic
+	// retransmission timer does the work, at no cost in speed.
+	recovery := tcpip.TCPRecovery(0)
 	for _, opt := range []tcpip.SettableTransportProtocolOption{
-		&sack, &moderate, &reuse, &wait,
+		&sack, &moderate, &reuse, &wait, &recovery,
 		&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 	} {
