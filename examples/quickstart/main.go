@@ -193,7 +193,7 @@ func (s *story) startControl() (err error) {
 
 // allowed makes the calls of the policy.
 func (s *story) allowed() error {
-	s.out.title("Calls that the policy allows")
+	s.out.title("Calls that the policy allows (time to connect and get an answer)")
 	for _, call := range []struct {
 		from, to *process
 		order    order
