@@ -68,6 +68,12 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 				s := t.sessions[index]
 				if s == nil {
 					unknown++
+					if kind == typeData && !src.Peer.IsZero() {
+						select {
+						case t.lost <- src.Peer:
+						default:
+						}
+					}
 					break
 				}
 				ep, ok := s.peer.from(src, now)

@@ -16,6 +16,7 @@ type Stats struct {
 	DatagramsIn  uint64 // those that passed the first checks
 	SendErrors   uint64 // Config.Send returned an error
 	Evicted      uint64 // peers removed because they were idle
+	Greeted      uint64 // handshakes begun with peers that used a lost session
 
 	// Outbound packets that were dropped. The first also counts initiations of
 	// known peers that could not be created.
@@ -37,7 +38,7 @@ type Stats struct {
 }
 
 type counters struct {
-	packetsOut, packetsIn, datagramsOut, datagramsIn, sendErrors, evicted atomic.Uint64
+	packetsOut, packetsIn, datagramsOut, datagramsIn, sendErrors, evicted, greeted atomic.Uint64
 
 	dropNoPeer, dropDestination, dropStalled                  atomic.Uint64
 	dropMalformed, dropSession, dropMismatch, dropBacklog     atomic.Uint64
@@ -55,6 +56,7 @@ func (t *Tunnel) Stats() Stats {
 		DatagramsIn:     c.datagramsIn.Load(),
 		SendErrors:      c.sendErrors.Load(),
 		Evicted:         c.evicted.Load(),
+		Greeted:         c.greeted.Load(),
 		DropNoPeer:      c.dropNoPeer.Load(),
 		DropDestination: c.dropDestination.Load(),
 		DropStalled:     c.dropStalled.Load(),

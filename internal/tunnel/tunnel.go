@@ -144,7 +144,8 @@ type Tunnel struct {
 	out     chan *train
 	in      chan *train
 	inits   chan initiation
-	born    chan struct{} // a peer was created: the idle timer has to run
+	lost    chan identity.NodePublic // peers that use a session we do not have
+	born    chan struct{}            // a peer was created: the idle timer has to run
 	closing chan struct{}
 	done    chan struct{}  // Close has finished
 	wg      sync.WaitGroup // the worker and goroutines that dismiss peers
@@ -179,6 +180,7 @@ func New(cfg Config) (*Tunnel, error) {
 		out:      make(chan *train, outQueue),
 		in:       make(chan *train, inQueue),
 		inits:    make(chan initiation, initQueue),
+		lost:     make(chan identity.NodePublic, 16),
 		born:     make(chan struct{}, 1),
 		closing:  make(chan struct{}),
 		done:     make(chan struct{}),
@@ -325,12 +327,15 @@ func (t *Tunnel) work() {
 	defer idle.Stop()
 	idle.Stop()
 	armed := false
+	greeted := make(map[identity.NodePublic]time.Time)
 	for {
 		select {
 		case <-t.closing:
 			return
 		case in := <-t.inits:
 			t.admit(in)
+		case key := <-t.lost:
+			t.greet(key, greeted)
 		case <-t.born:
 			if !armed {
 				armed = true
