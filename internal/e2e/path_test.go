@@ -82,6 +82,7 @@ func receiveAll(c net.Conn, count *atomic.Int64) ([]byte, error) {
 // UDP does not work, is upgraded when it does, falls back when UDP dies
 // silently, and is upgraded again.
 func TestPathChangesLoseNoConnection(t *testing.T) {
+	t.Parallel() // it waits for time-outs
 	m := meshtest.Start(t, openPolicy)
 	c := new(cable)
 	c.cut.Store(true)
@@ -124,9 +125,10 @@ func TestPathChangesLoseNoConnection(t *testing.T) {
 
 // Goal 15 and D 54: that there is no path at all is told apart from a refusal.
 func TestNoPathIsNoRefusal(t *testing.T) {
+	t.Parallel() // it waits for time-outs
 	m := meshtest.Start(t, openPolicy)
 	c := new(cable)
-	a, b := pair(t, m, func(n *mesh.Node) {
+	a, _ := pair(t, m, func(n *mesh.Node) {
 		n.ListenUDP = c.listen
 		n.DialTCP = func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if c.cut.Load() {
@@ -142,5 +144,4 @@ func TestNoPathIsNoRefusal(t *testing.T) {
 	if !errors.As(err, &timeout) || !timeout.Timeout() || errors.Is(err, mesh.ErrDenied) {
 		t.Errorf("dial into silence: %v", err)
 	}
-	_ = b
 }

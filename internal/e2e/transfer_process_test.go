@@ -106,6 +106,8 @@ func count(p *process, what string) (n int64) {
 func TestProcessTransfer(t *testing.T) {
 	size := int64(256 << 20)
 	switch {
+	case raceEnabled && testing.Short():
+		size = 16 << 20
 	case raceEnabled || testing.Short():
 		size = 64 << 20
 	case full():
