@@ -223,13 +223,19 @@ func (c *Conn) Close() error {
 		return c.opError("close", net.ErrClosed)
 	}
 	c.closed = true
-	if c.failure == nil {
+	aborted := c.failure != nil
+	if !aborted {
 		close(c.done)
 	}
 	c.mu.Unlock()
 	c.readBy.set(time.Time{})
 	c.writeBy.set(time.Time{})
 	c.s.untrack(func() { delete(c.s.conns, c.ep) })
+	if aborted {
+		// Whoever aborted the connection may not have got to its endpoint yet,
+		// and a plain close would tell the other side of a regular end.
+		c.ep.Abort()
+	}
 	c.ep.Close()
 	return nil
 }

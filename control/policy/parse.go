@@ -149,7 +149,13 @@ func (r *reader) load() (hujson.Value, bool) {
 		r.fail(at, "", "%s", msg)
 		return none, false
 	}
-	root, err := hujson.Parse(r.src)
+	// The parser does not see the end of a comment on a last line that has no
+	// end itself.
+	src := r.src
+	if bytes.Contains(src[bytes.LastIndexByte(src, '\n')+1:], []byte("//")) {
+		src = append(src[:len(src):len(src)], '\n')
+	}
+	root, err := hujson.Parse(src)
 	if err != nil {
 		line, column := 1, 1
 		msg := err.Error()

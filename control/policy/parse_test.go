@@ -278,3 +278,9 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestCommentOnLastLine(t *testing.T) {
+	if _, err := Parse([]byte(`{"acls": []} // none`)); err != nil {
+		t.Error(err)
+	}
+}
