@@ -169,7 +169,7 @@ func TestSessionRetries(t *testing.T) {
 		f.freeze()
 		l.Retry()
 		start = time.Now()
-		p = <-f.polls
+		<-f.polls
 		if d := time.Since(start); d > time.Minute || len(l.states) < before+1 {
 			t.Errorf("a dead connection was replaced after %v, states %v", d, l.states)
 		}

@@ -84,8 +84,6 @@ func (b bitset) remove(i int) {
 	}
 }
 
-func (b bitset) has(i int) bool { return i>>6 < len(b) && b[i>>6]>>(i&63)&1 != 0 }
-
 // or adds all of o.
 func (b *bitset) or(o bitset) {
 	for len(*b) < len(o) {

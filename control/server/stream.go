@@ -30,14 +30,13 @@ type stream struct {
 // pending is what changed for a stream since it last looked. Its size is
 // bounded by the number of nodes.
 type pending struct {
-	peers   map[wire.NodeID]bool // changed peers; true = visible
-	all     bool                 // any peer may have come, gone or changed
-	self    bool
-	filter  bool
-	derp    bool
-	ended   bool
-	code    wire.ErrorCode // why it ended, "" = replaced
-	profile bool           // names of users changed
+	peers  map[wire.NodeID]bool // changed peers; true = visible
+	all    bool                 // any peer may have come, gone or changed
+	self   bool
+	filter bool
+	derp   bool
+	ended  bool
+	code   wire.ErrorCode // why it ended, "" = replaced
 }
 
 func newStream(id wire.NodeID, c *client) *stream {

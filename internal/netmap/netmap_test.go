@@ -280,7 +280,7 @@ func TestRest(t *testing.T) {
 	if !d.DNS || !d.Policy || m.PolicyVersion() != 9 || m.DNS().Proxied {
 		t.Errorf("DNS, policy: %+v", d)
 	}
-	if m, d = apply(t, m, &wire.MapResponse{}); !d.Empty() {
+	if _, d = apply(t, m, &wire.MapResponse{}); !d.Empty() {
 		t.Errorf("an empty message changed %+v", d)
 	}
 }

@@ -78,7 +78,6 @@ type relay struct {
 	home    bool
 	waiting []waitingPacket
 	size    int
-	err     error // why the last attempt failed, nil once connected
 }
 
 type liveRelay struct{ conn relayConn }
@@ -275,17 +274,6 @@ func (s *relaySet) reconnect() {
 	}
 }
 
-// lastErr returns why the region is not connected.
-func (s *relaySet) lastErr(region int) error {
-	r := s.get(region)
-	if r == nil {
-		return nil
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.err
-}
-
 // run connects, reads and connects again, while the region is kept or used.
 func (r *relay) run() {
 	s := r.set
@@ -300,9 +288,6 @@ func (r *relay) run() {
 			}
 		}
 		if r.ctx.Err() == nil {
-			r.mu.Lock()
-			r.err = err
-			r.mu.Unlock()
 			s.events.relayDown(r.id, err)
 		}
 		r.mu.Lock()
@@ -329,7 +314,6 @@ func (r *relay) serve(conn relayConn) error {
 	defer stop()
 	l := &liveRelay{conn}
 	r.mu.Lock()
-	r.err = nil
 	home := r.home
 	r.live.Store(l)
 	r.mu.Unlock()
