@@ -25,12 +25,12 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 
 	// What happens to peers.
 	keys := make([]identity.NodePublic, 0, len(d.Added)+len(d.Changed)+len(d.Removed))
-	var moving []netip.Prefix            // addresses that leave their holder
+	var moving []netip.Prefix            // addresses that leave their holder, or whose holder changes
 	var cut []cutOff                     // whose flows end
 	var rekeyed [][2]identity.NodePublic // a peer's old and new key
+	old := e.Map()
 	for _, p := range d.Removed {
 		keys = append(keys, p.Key)
-		moving = append(moving, p.AllowedIPs...)
 		cut = append(cut, cutOff{p, "it has left the mesh or may no longer be reached"})
 	}
 	for _, c := range d.Changed {
@@ -44,12 +44,19 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 				moving = append(moving, p)
 			}
 		}
+		moving = append(moving, taken(old, c.New)...)
 		if why := lessThanBefore(c); why != "" {
 			cut = append(cut, cutOff{c.Old, why})
 		}
 	}
 	for _, p := range d.Added {
 		keys = append(keys, p.Key)
+		moving = append(moving, taken(old, p)...)
+	}
+	// A peer that is cut off could otherwise connect again before the new
+	// snapshot is published, and be taken for what it was.
+	for _, c := range cut {
+		moving = append(moving, c.peer.AllowedIPs...)
 	}
 
 	if len(moving) > 0 {
@@ -75,13 +82,19 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 		}
 		refused = e.filter.Swap(rules)
 	}
+	e.reset(m, refused, cut)
+	if len(moving) > 0 {
+		e.resetMoved(old, m)
+	}
+
+	// The filter drops a flow that it meets with another key than it knows, so
+	// keys change in filter and map at once.
+	e.judging.Lock()
 	for _, k := range rekeyed {
 		e.filter.Rekey(k[0], k[1])
 	}
-	e.reset(m, refused, cut)
-
 	e.current.Store(m)
-	e.barrier()
+	e.judging.Unlock()
 	e.tunnel.Update(keys)
 	e.path.Update(keys)
 	if d.Full || d.Relays {
@@ -92,6 +105,18 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 		return errs[0]
 	}
 	return nil
+}
+
+// taken returns the addresses of p that somebody else holds in old: an address
+// of its own, or one that a wider route covered.
+func taken(old *netmap.Map, p *netmap.Peer) []netip.Prefix {
+	var out []netip.Prefix
+	for _, a := range p.AllowedIPs {
+		if was, ok := old.PeerByAddr(a.Addr()); ok && was.ID != p.ID {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // barrier waits until no batch is judged by what was in force before.
@@ -110,6 +135,9 @@ type cutOff struct {
 // lessThanBefore says why connections that a peer opened as what it was must
 // not live on as what it is; "" if they may.
 func lessThanBefore(c netmap.Change) string {
+	if c.Old.StableID != c.New.StableID {
+		return "it is another node now"
+	}
 	if c.Old.User != c.New.User {
 		return "it changed its owner"
 	}
@@ -117,6 +145,9 @@ func lessThanBefore(c netmap.Change) string {
 		if !slices.Contains(c.New.Tags, t) {
 			return "it lost " + t
 		}
+	}
+	if c.New.IsJailed && !c.Old.IsJailed {
+		return "it may not begin connections any more"
 	}
 	if c.New.Expired && !c.Old.Expired {
 		return "its key expired"
@@ -154,6 +185,19 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
 			return contains(c.peer.AllowedIPs, remote.Addr())
 		}, err)
 	}
+}
+
+// resetMoved cuts the flows to addresses that somebody else has now: they would
+// go on with a node that did not begin them, under the name of the one that did.
+func (e *Engine) resetMoved(old, next *netmap.Map) {
+	e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
+		was, ok := old.PeerByAddr(remote.Addr())
+		if !ok {
+			return false
+		}
+		is, ok := next.PeerByAddr(remote.Addr())
+		return !ok || is.ID != was.ID
+	}, &RevokedError{Policy: next.PolicyVersion(), Reason: "the address went to another node"})
 }
 
 // CutAll ends every connection with err: this node is no longer of the mesh.

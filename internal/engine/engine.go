@@ -74,8 +74,9 @@ type Engine struct {
 
 	current atomic.Pointer[netmap.Map]
 
-	// judging is held for reading while a batch is judged and for writing
-	// for a moment by Apply, as a barrier between two states of the filter.
+	// judging is held for reading while packets are judged, in or out, so that
+	// all of it goes by one state of filter and map, and for writing for a
+	// moment by Apply. It is never held across a call to stack or tunnel.
 	judging sync.RWMutex
 	// blocked holds addresses that are changing hands while Apply runs.
 	blocked atomic.Pointer[[]netip.Prefix]
@@ -85,7 +86,8 @@ type Engine struct {
 	rejections *rate.Limiter // bounds the rejections sent to peers
 	scratch    sync.Pool     // *[][]byte for batches
 	counts     counters
-	closed     atomic.Bool
+	closing    sync.Once
+	closeErr   error // of the one Close; read after closing
 }
 
 // New opens the sockets and starts the data plane, with no peers. Until the
@@ -146,13 +148,14 @@ func New(c Config) (*Engine, error) {
 	return e, nil
 }
 
-// Close stops everything. It returns when all goroutines have ended.
+// Close stops everything. It returns when all goroutines have ended, further
+// calls too.
 func (e *Engine) Close() error {
-	if e.closed.Swap(true) {
-		return nil
-	}
-	err := e.tunnel.Close()
-	return errors.Join(err, e.path.Close())
+	e.closing.Do(func() {
+		err := e.tunnel.Close()
+		e.closeErr = errors.Join(err, e.path.Close())
+	})
+	return e.closeErr
 }
 
 // Drain waits until what was sent has left, but not longer than atMost.
@@ -171,9 +174,19 @@ func (e *Engine) HomeRegion() int { return e.path.HomeRegion() }
 // PathTo tells how packets to a peer travel at present.
 func (e *Engine) PathTo(peer identity.NodePublic) path.PeerStatus { return e.path.Status(peer) }
 
-// Admitted tells which peer and rule let an inbound flow in.
-func (e *Engine) Admitted(proto uint8, local, remote netip.AddrPort) (identity.NodePublic, identity.Rule, bool) {
-	return e.filter.Origin(filter.Flow{Proto: proto, Local: local, Remote: remote})
+// Admitted tells which peer began an inbound flow and the rule that let it in,
+// with the snapshot that both are of. It reports false when there is no such
+// flow, or when its address is no longer of the peer that began it.
+func (e *Engine) Admitted(proto uint8, local, remote netip.AddrPort) (*netmap.Map, *netmap.Peer, identity.Rule, bool) {
+	e.judging.RLock()
+	m := e.Map()
+	key, rule, ok := e.filter.Origin(filter.Flow{Proto: proto, Local: local, Remote: remote})
+	e.judging.RUnlock()
+	p, known := m.PeerByAddr(remote.Addr())
+	if !ok || !known || p.Key != key {
+		return m, nil, identity.Rule{}, false
+	}
+	return m, p, rule, true
 }
 
 func (e *Engine) lookupTunnel(k identity.NodePublic) (tunnel.Peer, bool) {

@@ -10,14 +10,14 @@ import (
 
 // counters count packets that went nowhere.
 type counters struct {
-	malformed, noPeer, spoofed, blocked atomic.Uint64
+	malformed, noPeer, spoofed atomic.Uint64
 }
 
 // Dropped counts packets that were dropped, by cause.
 type Dropped struct {
 	Malformed uint64 // not an IP packet that we understand
 	NoPeer    uint64 // to an address that no peer has
-	Spoofed   uint64 // from an address that is not the sender's
+	Spoofed   uint64 // from an address that is not the sender's, or is changing hands
 	Filtered  uint64 // not allowed in
 	Rejected  uint64 // not allowed in, and the sender was told
 }
@@ -28,7 +28,7 @@ func (e *Engine) Dropped() Dropped {
 	return Dropped{
 		Malformed: e.counts.malformed.Load(),
 		NoPeer:    e.counts.noPeer.Load(),
-		Spoofed:   e.counts.spoofed.Load() + e.counts.blocked.Load(),
+		Spoofed:   e.counts.spoofed.Load(),
 		Filtered:  s.Dropped,
 		Rejected:  s.Rejected,
 	}
@@ -38,50 +38,52 @@ func (e *Engine) Dropped() Dropped {
 // destination address. The slices are lent for the call. It may wait for room,
 // but never for the stack.
 func (e *Engine) Out(packets [][]byte) {
-	m := e.Map()
-	var (
-		pkt     filter.Packet
-		dst     netip.Addr // of the run of packets under way
-		to      identity.NodePublic
-		known   bool
-		start   int // first packet of the run
-		sending bool
-	)
-	flush := func(end int) {
-		if sending && end > start {
+	for len(packets) > 0 {
+		to, n, ok := e.judgeOut(packets)
+		if ok {
 			// An error means the peer has gone or we are closing: the
 			// stack learns it by silence or by Abort.
-			_ = e.tunnel.Send(to, packets[start:end])
+			_ = e.tunnel.Send(to, packets[:n])
 		}
-		sending = false
+		packets = packets[n:]
 	}
+}
+
+// judgeOut notes the flows of the first n packets, which go to one peer. It
+// reports false if they go nowhere.
+func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok bool) {
+	e.judging.RLock()
+	defer e.judging.RUnlock()
+	var pkt filter.Packet
+	var dst netip.Addr
 	for i, b := range packets {
-		if err := pkt.Decode(b); err != nil {
-			e.counts.malformed.Add(1)
-			flush(i)
-			continue
-		}
-		if a := pkt.Dst.Addr(); a != dst {
-			flush(i)
-			dst = a
-			p, ok := m.PeerByAddr(a)
-			if known = ok; ok {
-				to = p.Key
+		if pkt.Decode(b) != nil {
+			if i == 0 {
+				e.counts.malformed.Add(1)
+				return to, 1, false
 			}
+			return to, i, true
 		}
-		if !known {
-			e.counts.noPeer.Add(1)
-			continue
+		a := pkt.Dst.Addr()
+		if i == 0 {
+			p, ok := e.Map().PeerByAddr(a)
+			if !ok {
+				e.counts.noPeer.Add(1)
+				return to, 1, false
+			}
+			dst, to = a, p.Key
+		}
+		if a != dst {
+			return to, i, true
 		}
 		if !e.filter.Out(&pkt, to) {
-			flush(i)
-			continue
-		}
-		if !sending {
-			sending, start = true, i
+			if i == 0 {
+				return to, 1, false
+			}
+			return to, i, true
 		}
 	}
-	flush(len(packets))
+	return to, len(packets), true
 }
 
 // deliver takes decrypted packets of one peer. The slices are lent for the
@@ -95,7 +97,7 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 	m, blocked := e.Map(), e.blocked.Load()
 	var pkt filter.Packet
 	var src netip.Addr
-	owned := false
+	owned, jailed := false, false
 	for _, b := range packets {
 		if len(b) == 0 {
 			continue // a keepalive
@@ -110,17 +112,20 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		if a := pkt.Src.Addr(); a != src {
 			src = a
 			p, ok := m.PeerByAddr(a)
-			owned = ok && p.Key == from
-			if owned && blocked != nil && contains(*blocked, a) {
-				owned = false
-				e.counts.blocked.Add(1)
-			}
+			owned = ok && p.Key == from && !(blocked != nil && contains(*blocked, a))
+			jailed = ok && p.IsJailed
 		}
 		if !owned {
 			e.counts.spoofed.Add(1)
 			continue
 		}
-		switch e.filter.In(&pkt, from).Action {
+		v := e.filter.In(&pkt, from)
+		if jailed && v.Action == filter.Accept && v.Reason == filter.ReasonRule {
+			// Only what we began may come from this peer, whatever the rules say.
+			e.filter.Close(filter.Flow{Proto: pkt.Proto, Local: pkt.Dst, Remote: pkt.Src})
+			v.Action = filter.Reject
+		}
+		switch v.Action {
 		case filter.Accept:
 			accepted = append(accepted, b)
 		case filter.Reject:

@@ -2,12 +2,10 @@ package session
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"mesh/identity"
@@ -44,16 +42,16 @@ func (s *Session) WhoIs(a netip.Addr) (identity.Peer, bool) {
 // Origin tells who is at the other end of an inbound flow, and by which rule.
 // It reports false when the flow is not, or no longer, admitted.
 func (s *Session) Origin(f netstack.Flow) (identity.Peer, bool) {
-	who, ok := s.WhoIs(f.Remote.Addr())
-	if !ok || IsSelf(s.engine.Map(), f.Remote.Addr()) {
-		return who, ok
+	m, p, rule, ok := s.engine.Admitted(f.Proto, f.Local, f.Remote)
+	switch {
+	case ok:
+		who := m.Identity(p)
+		who.Rule = rule
+		return who, true
+	case IsSelf(m, f.Remote.Addr()):
+		return m.SelfIdentity(), true // never left the stack
 	}
-	key, rule, ok := s.engine.Admitted(f.Proto, f.Local, f.Remote)
-	if !ok || key != who.Key {
-		return identity.Peer{}, false
-	}
-	who.Rule = rule
-	return who, true
+	return identity.Peer{}, false
 }
 
 // Refine replaces an error that only says that the stack is gone by the reason
@@ -61,9 +59,6 @@ func (s *Session) Origin(f netstack.Flow) (identity.Peer, bool) {
 func (s *Session) Refine(err error) error {
 	if end := s.Err(); end != nil {
 		return end
-	}
-	if errors.Is(err, syscall.ENETDOWN) && s.ctx.Err() != nil {
-		return errors.Join(err, s.ctx.Err())
 	}
 	return err
 }
@@ -106,6 +101,17 @@ type PeerStatus struct {
 	Endpoint netip.AddrPort // of a direct path
 	Relay    int            // region of a relayed one
 	Latency  time.Duration  // round trip of the direct path, 0 = unknown
+}
+
+// Starting describes a session that has not come up.
+func (s *Session) Starting() *Status {
+	if err := s.Err(); err != nil {
+		return &Status{Control: err.Error()}
+	}
+	if t := s.Trouble(); t != nil {
+		return &Status{Control: "starting: " + t.Error()}
+	}
+	return &Status{Control: "starting"}
 }
 
 // Status returns what is known now, of a session that came up.
