@@ -36,7 +36,7 @@ func TestLostSessionIsRenewedAtOnce(t *testing.T) {
 
 		// Strangers are not greeted.
 		stranger := identity.NewNode().Public()
-		b.t.Receive(Source{Peer: stranger, Region: 1}, [][]byte{append([]byte{typeData, 0, 0, 0, 1, 2, 3, 4}, make([]byte, 24)...)})
+		b.t.Receive(Source{Peer: stranger, Region: 1}, [][]byte{append([]byte{typeData, 0, 0, 0, 1, 2, 3, 4}, make([]byte, 40)...)})
 		synctest.Wait()
 		if n := b.t.Stats().Greeted; n != 1 {
 			t.Errorf("%d greetings after a stranger's packet", n)

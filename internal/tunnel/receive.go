@@ -68,7 +68,9 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 				s := t.sessions[index]
 				if s == nil {
 					unknown++
-					if kind == typeData && !src.Peer.IsZero() {
+					// A keepalive carries nothing that could be lost: no
+					// reason to wake an idle pair.
+					if kind == typeData && len(b) > keepaliveSize && !src.Peer.IsZero() {
 						select {
 						case t.lost <- src.Peer:
 						default:
