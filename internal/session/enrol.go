@@ -24,6 +24,11 @@ type enrolment struct {
 	store  identity.Store
 	state  identity.State
 	client *control.Client
+	server registrar // client, but in tests
+}
+
+type registrar interface {
+	Register(context.Context, wire.RegisterRequest) (*wire.RegisterResponse, error)
 }
 
 // hostinfo describes this installation, without its network.
@@ -47,6 +52,7 @@ func (e *enrolment) hostinfo() *wire.Hostinfo {
 func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 	useKey := e.cfg.AuthKey != "" && !e.state.Enrolled
 	old := identity.NodePublic{}
+	before := e.state
 	for try := 0; ; try++ {
 		req := wire.RegisterRequest{
 			Version:    wire.CapabilityVersion,
@@ -58,13 +64,19 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 		if useKey {
 			req.Auth = &wire.RegisterAuth{AuthKey: e.cfg.AuthKey}
 		}
-		_, err := e.client.Register(ctx, req)
+		_, err := e.server.Register(ctx, req)
 		if err == nil {
 			if !e.state.Enrolled {
 				e.state.Enrolled = true
 				return e.state.Save(e.store)
 			}
 			return nil
+		}
+		if e.state.Node != before.Node && !worthRetry(err) && ctx.Err() == nil {
+			// Refused with the new key as well: keep the old one, which an
+			// administrator may make good again.
+			e.state = before
+			return errors.Join(err, e.state.Save(e.store))
 		}
 		if try > 0 || e.cfg.AuthKey == "" {
 			return err

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,10 @@ import (
 // readyTimeout bounds how long a node that has its map waits for a relay or for
 // its own endpoints before it says that it is up all the same.
 const readyTimeout = 10 * time.Second
+
+// mapTimeout bounds how long a node that the control server accepted waits for
+// its first map before the start fails.
+const mapTimeout = 60 * time.Second
 
 // For shortOutage a node that came up without the control server tries it again
 // at least every quickRetry, and less often then.
@@ -92,10 +97,15 @@ func (s *Session) follow(e *enrolment) (err error) {
 		})
 	})
 
+	late := time.NewTimer(mapTimeout)
+	defer late.Stop()
 	select {
 	case <-first:
 	case err := <-fatal:
 		return s.because(err)
+	case <-late.C:
+		return fmt.Errorf("control server %s accepted this node but sent no netmap within %v: %w",
+			s.cfg.ControlURL, mapTimeout, cmp.Or(s.Trouble(), errNoAnswer))
 	}
 	s.settle(e)
 	select {
@@ -250,11 +260,14 @@ func (s *Session) stopDataPlane(e *enrolment, why *error) {
 	}
 }
 
-// apply puts a map in force. It is called by one goroutine at a time.
-func (s *Session) apply(m *netmap.Map, d netmap.Delta) {
-	if err := s.engine.Apply(m, d); err != nil {
+// apply puts a map in force and reports whether all of it is. It is called by
+// one goroutine at a time.
+func (s *Session) apply(m *netmap.Map, d netmap.Delta) bool {
+	err := s.engine.Apply(m, d)
+	if err != nil {
 		s.log.Warn("netmap applied in part", zap.Error(err))
 	}
+	return err == nil
 }
 
 // coordinate follows the map stream until the session stops or the control
@@ -266,8 +279,9 @@ func (s *Session) coordinate(e *enrolment, inForce *netmap.Map, onMap func()) er
 		InForce: inForce,
 		Store:   e.store,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
-			s.apply(m, d)
-			cs.SetApplied(m.PolicyVersion())
+			if s.apply(m, d) {
+				cs.SetApplied(m.PolicyVersion())
+			}
 			onMap()
 		},
 		OnState: func(err error) { s.setTrouble(err) },

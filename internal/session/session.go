@@ -180,7 +180,7 @@ func (s *Session) live() (err error) {
 	}
 	defer client.Close()
 
-	return s.follow(&enrolment{cfg: s.cfg, log: s.log, store: store, state: state, client: client})
+	return s.follow(&enrolment{cfg: s.cfg, log: s.log, store: store, state: state, client: client, server: client})
 }
 
 // link is the packet side of the stack, as the engine wants it.
@@ -206,6 +206,9 @@ func (s *Session) Wait(ctx context.Context) error {
 		case <-s.ended:
 			return s.Err()
 		default:
+		}
+		if s.WasUp() {
+			return context.Cause(ctx)
 		}
 		if t := s.Trouble(); t != nil {
 			return fmt.Errorf("coming up: %w; last: %w", context.Cause(ctx), t)
