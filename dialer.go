@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
 
 	"mesh/identity"
@@ -37,6 +38,9 @@ const (
 func (n *Node) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	c, err := n.dial(ctx, network, addr)
 	if err != nil {
+		if _, ok := err.(interface{ Timeout() bool }); !ok && timedOut(err) {
+			err = timeoutError{err}
+		}
 		return nil, &net.OpError{Op: "dial", Net: network, Addr: nameAddr{network, addr}, Err: err}
 	}
 	return c, nil
@@ -58,7 +62,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 		return nil, err
 	}
 	if host == "" || port == 0 {
-		return nil, &net.AddrError{Err: "missing host or port", Addr: addr}
+		return nil, &net.AddrError{Err: "missing host or port, want \"name:port\"", Addr: addr}
 	}
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -84,7 +88,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 		if err != nil {
 			return nil, s.Refine(inner(err))
 		}
-		return &Conn{stackConn: c, peer: id}, nil
+		return dialled(s, c, id)
 	}
 	outer := ctx
 	offline := peer != nil && peer.Online != nil && !*peer.Online
@@ -95,22 +99,45 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 	}
 	c, err := s.Stack().DialTCP(ctx, netip.Addr{}, remote)
 	if err == nil {
-		return &Conn{stackConn: c, peer: id}, nil
+		return dialled(s, c, id)
 	}
 	err = s.Refine(inner(err))
-	timedOut := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
 	switch {
-	case timedOut && offline:
+	case timedOut(err) && offline:
 		seen := time.Time{}
 		if peer.LastSeen != nil {
 			seen = *peer.LastSeen
 		}
 		return nil, &PeerOfflineError{Peer: id, LastSeen: seen}
-	case timedOut && peer != nil && outer.Err() != context.Canceled:
+	case timedOut(err) && peer != nil && outer.Err() != context.Canceled:
 		return nil, fmt.Errorf("no answer from %s, last tried %s: %w", id.Name, s.DescribePath(id.Key), err)
 	}
 	return nil, err
 }
+
+// dialled makes a Conn of c, which was dialled as the address of want. The
+// address may have gone to another node meanwhile: from here on a change ends
+// the connection, before here it is found out.
+func dialled(s *session.Session, c stackConn, want identity.Peer) (*Conn, error) {
+	now, ok := s.WhoIs(c.Flow().Remote.Addr())
+	if !ok || now.ID != want.ID {
+		c.Close()
+		return nil, &RevokedError{Peer: want, Reason: "it left the mesh or changed its address during the dial"}
+	}
+	return &Conn{stackConn: c, peer: now}, nil
+}
+
+func timedOut(err error) bool {
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.ETIMEDOUT)
+}
+
+// timeoutError is an error that says more than that time ran out, for callers
+// who ask for Timeout as they do with package net.
+type timeoutError struct{ error }
+
+func (timeoutError) Timeout() bool   { return true }
+func (timeoutError) Temporary() bool { return true }
+func (e timeoutError) Unwrap() error { return e.error }
 
 // inner takes the error out of the stack's *net.OpError, since ours goes
 // around it.

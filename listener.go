@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync"
 
 	"mesh/identity"
 	"mesh/internal/session"
@@ -107,6 +108,9 @@ func (n *Node) bind(want, network, addr string) (*session.Session, netip.AddrPor
 	if host == "" {
 		return s, netip.AddrPortFrom(netip.Addr{}, port), nil
 	}
+	if ip, err := netip.ParseAddr(host); err == nil && ip.IsUnspecified() {
+		return s, netip.AddrPortFrom(ip, port), nil
+	}
 	peer, ip, err := resolve(s.Engine().Map(), host, family)
 	if err != nil {
 		return nil, netip.AddrPort{}, err
@@ -144,33 +148,64 @@ func (l *listener) Accept() (net.Conn, error) {
 type packetConn struct {
 	*netstack.PacketConn
 	s *session.Session
+
+	mu   sync.Mutex                           // guards sent
+	sent map[netip.AddrPort]identity.StableID // whom this socket wrote to, as it was then
 }
+
+// maxSent bounds packetConn.sent. Answers of whom it forgot are dropped.
+const maxSent = 16384
 
 // ReadFrom returns the next datagram of a peer, with its identity.
 func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	for {
-		n, from, err := c.PacketConn.ReadFrom(b)
+		n, from, err := c.PacketConn.ReadFromUDPAddrPort(b)
 		if err != nil {
-			return n, nil, err
+			return n, nil, c.refine(err)
 		}
-		remote, ok := addrPortOf(from)
-		if !ok {
-			continue
-		}
-		local, _ := addrPortOf(c.LocalAddr())
-		for _, own := range c.s.Engine().Map().SelfIdentity().Addresses {
-			if local.Addr().IsUnspecified() && own.Is4() == remote.Addr().Is4() {
-				local = netip.AddrPortFrom(own, local.Port())
-			}
-		}
-		if peer, ok := c.s.Origin(netstack.Flow{Proto: netstack.UDP, Local: local, Remote: remote}); ok {
-			return n, &Addr{AddrPort: remote, Peer: peer}, nil
-		}
-		// A reply to what this socket sent is of a flow that we began.
-		if p, ok := c.s.Engine().Map().PeerByAddr(remote.Addr()); ok {
-			return n, &Addr{AddrPort: remote, Peer: c.s.Engine().Map().Identity(p)}, nil
+		if peer, ok := c.sender(from); ok {
+			return n, &Addr{AddrPort: from, Peer: peer}, nil
 		}
 	}
+}
+
+// ReadFromUDPAddrPort is ReadFrom without the identity: of a peer that is
+// still allowed to send all the same.
+func (c *packetConn) ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error) {
+	for {
+		n, from, err := c.PacketConn.ReadFromUDPAddrPort(b)
+		if err != nil {
+			return n, from, c.refine(err)
+		}
+		if _, ok := c.sender(from); ok {
+			return n, from, nil
+		}
+	}
+}
+
+// sender tells who sent a datagram. The datagram has waited, and what was true
+// when it came may no longer be: it must be of a flow that a rule admits now, or
+// answer the very node that this socket wrote to.
+func (c *packetConn) sender(remote netip.AddrPort) (identity.Peer, bool) {
+	local := c.PacketConn.LocalAddr().(*net.UDPAddr).AddrPort()
+	for _, own := range c.s.Engine().Map().Self().Addresses {
+		at := own.Addr()
+		if at.Is4() != remote.Addr().Is4() || !local.Addr().IsUnspecified() && local.Addr().Unmap() != at {
+			continue
+		}
+		f := netstack.Flow{Proto: netstack.UDP, Local: netip.AddrPortFrom(at, local.Port()), Remote: remote}
+		if peer, ok := c.s.Origin(f); ok {
+			return peer, true
+		}
+	}
+	c.mu.Lock()
+	to, wrote := c.sent[remote]
+	c.mu.Unlock()
+	if !wrote {
+		return identity.Peer{}, false
+	}
+	peer, ok := c.s.WhoIs(remote.Addr())
+	return peer, ok && peer.ID == to
 }
 
 // WriteTo sends a datagram to an address of a peer: an *Addr or *net.UDPAddr.
@@ -180,26 +215,60 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	if !ok {
 		return 0, &net.OpError{Op: "write", Net: "udp", Addr: to, Err: &net.AddrError{Err: "not a mesh address"}}
 	}
+	return c.WriteToUDPAddrPort(b, remote)
+}
+
+// WriteToUDPAddrPort is WriteTo with another form of address.
+func (c *packetConn) WriteToUDPAddrPort(b []byte, remote netip.AddrPort) (int, error) {
+	remote = netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())
 	m := c.s.Engine().Map()
-	if _, ok := m.PeerByAddr(remote.Addr()); !ok && !session.IsSelf(m, remote.Addr()) {
-		return 0, &net.OpError{Op: "write", Net: "udp", Addr: to, Err: unknownHost(remote.Addr().String())}
+	var id identity.StableID
+	if p, ok := m.PeerByAddr(remote.Addr()); ok {
+		id = identity.StableID(p.StableID)
+	} else if session.IsSelf(m, remote.Addr()) {
+		id = identity.StableID(m.Self().StableID)
+	} else {
+		return 0, &net.OpError{Op: "write", Net: "udp", Addr: net.UDPAddrFromAddrPort(remote), Err: unknownHost(remote.Addr().String())}
 	}
-	return c.PacketConn.WriteTo(b, net.UDPAddrFromAddrPort(remote))
+	c.mu.Lock()
+	if have, ok := c.sent[remote]; !ok || have != id {
+		if !ok && len(c.sent) >= maxSent {
+			for other := range c.sent {
+				delete(c.sent, other)
+				break
+			}
+		}
+		if c.sent == nil {
+			c.sent = map[netip.AddrPort]identity.StableID{}
+		}
+		c.sent[remote] = id
+	}
+	c.mu.Unlock()
+	n, err := c.PacketConn.WriteToUDPAddrPort(b, remote)
+	return n, c.refine(err)
+}
+
+// refine says why the stack is gone, if it is.
+func (c *packetConn) refine(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		op.Err = c.s.Refine(op.Err)
+	}
+	return err
 }
 
 func addrPortOf(a net.Addr) (netip.AddrPort, bool) {
-	var ap netip.AddrPort
 	switch a := a.(type) {
 	case *Addr:
-		ap = a.AddrPort
+		if a != nil {
+			return a.AddrPort, true
+		}
 	case *net.UDPAddr:
-		ap = a.AddrPort()
-	case *net.TCPAddr:
-		ap = a.AddrPort()
-	default:
-		return ap, false
+		if a != nil {
+			return a.AddrPort(), true
+		}
 	}
-	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()), true
+	return netip.AddrPort{}, false
 }
 
 // PeerOf returns the identity of the other end of c. It sees through wrappers

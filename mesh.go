@@ -20,6 +20,7 @@ package mesh
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -152,7 +153,7 @@ func (n *Node) configure() (session.Config, error) {
 			return c, fmt.Errorf("tag %q: want \"tag:NAME\"", t)
 		}
 	}
-	if c.Hostname == "" {
+	if c.Hostname == "" && len(os.Args) > 0 { // a library in another language's program has none
 		c.Hostname = strings.TrimSuffix(filepath.Base(os.Args[0]), ".exe")
 	}
 	store, dir := n.Store, or(n.Dir, "MESH_STATE_DIR")
@@ -184,7 +185,8 @@ func openDir(dir, hostname string) (identity.Store, func() error, error) {
 	return f, f.Close, nil
 }
 
-// dirName makes a file name of a host name, whatever is in it.
+// dirName makes a file name of a host name, whatever is in it. Two names share
+// one only if they differ in nothing but case, as names on the mesh may not.
 func dirName(hostname string) string {
 	name := strings.Map(func(r rune) rune {
 		switch {
@@ -195,11 +197,16 @@ func dirName(hostname string) string {
 		}
 		return '-'
 	}, hostname)
+	lossy := name != strings.ToLower(hostname)
 	if len(name) > 63 {
-		name = name[:63]
+		name, lossy = name[:63], true
 	}
-	if strings.Trim(name, "-") == "" {
+	if name == "" {
 		return "node"
+	}
+	if lossy {
+		sum := sha256.Sum256([]byte(strings.ToLower(hostname)))
+		name = fmt.Sprintf("%s-%x", name, sum[:4])
 	}
 	return name
 }
@@ -227,15 +234,18 @@ func (n *Node) running(ctx context.Context) (*session.Session, error) {
 	if err == nil {
 		return s, nil
 	}
+	// A start that failed may be tried again by the next call; a node that was
+	// up and was put out stays out.
+	failed := s.Err() != nil && !s.WasUp()
+	if failed {
+		<-s.Finished() // what is left of it takes moments
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.closed {
 		return nil, net.ErrClosed
 	}
-	// A start that failed may be tried again by the next call; a node that was
-	// up and was put out stays out.
-	if n.current == s && s.Err() != nil && !s.WasUp() {
-		<-s.Finished() // it has ended; what is left takes moments
+	if failed && n.current == s {
 		n.current = nil
 	}
 	return nil, err
@@ -298,11 +308,18 @@ type PeerStatus = session.PeerStatus
 
 // Status returns what the node knows now. It starts nothing.
 func (n *Node) Status() *Status {
-	s := n.upNow()
-	if s == nil {
-		return &Status{Control: "not started"}
+	n.mu.Lock()
+	s, closed := n.current, n.closed
+	n.mu.Unlock()
+	switch {
+	case s != nil && s.WasUp():
+		return s.Status()
+	case closed:
+		return &Status{Control: net.ErrClosed.Error()}
+	case s != nil:
+		return s.Starting()
 	}
-	return s.Status()
+	return &Status{Control: "not started"}
 }
 
 // defaultNode serves the package-level functions.
