@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"net/netip"
 	"sync"
@@ -67,7 +68,6 @@ type Config struct {
 type Engine struct {
 	link   Link
 	log    *zap.Logger
-	self   identity.NodePublic
 	path   *path.Path
 	tunnel *tunnel.Tunnel
 	filter *filter.Filter
@@ -83,8 +83,9 @@ type Engine struct {
 
 	applying sync.Mutex // serialises Apply
 
-	rejections *rate.Limiter // bounds the rejections sent to peers
-	scratch    sync.Pool     // *[][]byte for batches
+	rejections [64]*rate.Limiter // bound the rejections sent to peers; see mayTell
+	seed       maphash.Seed      // which limit a peer has
+	scratch    sync.Pool         // *[][]byte for batches
 	counts     counters
 	closing    sync.Once
 	closeErr   error // of the one Close; read after closing
@@ -97,11 +98,13 @@ func New(c Config) (*Engine, error) {
 		c.Logger = zap.NewNop()
 	}
 	e := &Engine{
-		link:       c.Link,
-		log:        c.Logger,
-		self:       c.Key.Public(),
-		filter:     filter.New(filter.Config{}),
-		rejections: rate.NewLimiter(1000, 200),
+		link:   c.Link,
+		log:    c.Logger,
+		filter: filter.New(filter.Config{}),
+		seed:   maphash.MakeSeed(),
+	}
+	for i := range e.rejections {
+		e.rejections[i] = rate.NewLimiter(1000, 200)
 	}
 	e.scratch.New = func() any { s := make([][]byte, 0, 64); return &s }
 	e.current.Store(new(netmap.Map))

@@ -156,16 +156,34 @@ func TestForgedRejection(t *testing.T) {
 	}
 }
 
+// A peer that asks for many rejections gets few, and takes none from others.
 func TestRejectionsAreBounded(t *testing.T) {
-	a, b := pair(t)
-	var flood [][]byte
-	for i := range 3000 {
-		flood = append(flood, packet(udp, port(a.four, uint16(i+1)), port(b.four, 22), 0))
-	}
-	b.e.deliver(a.key.Public(), flood)
-	if n := b.e.tunnel.Stats().PacketsOut; n > 1500 {
-		t.Errorf("%d rejections for %d packets", n, len(flood))
-	}
+	synctest.Test(t, func(t *testing.T) {
+		b := newHost(t, newNet(), 2)
+		var peers []*wire.Node
+		for i := range 50 {
+			peers = append(peers, wireNode(i+10, identity.NewNode().Public()))
+		}
+		b.start(nil, peers...)
+		try := func(n *wire.Node, p uint16) []byte {
+			return packet(udp, port(n.Addresses[0].Addr(), p), port(b.four, 22), 0)
+		}
+		var flood [][]byte
+		for i := range 3000 {
+			flood = append(flood, try(peers[0], uint16(i+1)))
+		}
+		b.e.deliver(peers[0].Key, flood)
+		d := b.e.Dropped()
+		if d.Rejected != 200 || d.Filtered != 2800 {
+			t.Errorf("%+v", d)
+		}
+		for _, p := range peers[1:] {
+			b.deliver(p.Key, try(p, 1))
+		}
+		if told := b.e.Dropped().Rejected - d.Rejected; told < 30 {
+			t.Errorf("%d of 49 other peers were told", told)
+		}
+	})
 }
 
 func TestRemovedPeerIsCut(t *testing.T) {
@@ -359,7 +377,7 @@ func TestMovedAddressUnderLoad(t *testing.T) {
 			}
 		}
 	})
-	for i := range 200 {
+	for i := range 100 {
 		owner := (i + 1) % 2
 		b.update(&wire.MapResponse{PeersChanged: maps(owner), PacketFilters: map[string][]wire.FilterRule{"base": rules(owner)}})
 	}

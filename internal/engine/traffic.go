@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"hash/maphash"
 	"net/netip"
 	"sync/atomic"
 
@@ -10,7 +11,7 @@ import (
 
 // counters count packets that went nowhere.
 type counters struct {
-	malformed, noPeer, spoofed atomic.Uint64
+	malformed, noPeer, spoofed, told, untold atomic.Uint64
 }
 
 // Dropped counts packets that were dropped, by cause.
@@ -24,13 +25,12 @@ type Dropped struct {
 
 // Dropped returns the counts since the start.
 func (e *Engine) Dropped() Dropped {
-	s := e.filter.Stats()
 	return Dropped{
 		Malformed: e.counts.malformed.Load(),
 		NoPeer:    e.counts.noPeer.Load(),
 		Spoofed:   e.counts.spoofed.Load(),
-		Filtered:  s.Dropped,
-		Rejected:  s.Rejected,
+		Filtered:  e.filter.Stats().Dropped + e.counts.untold.Load(),
+		Rejected:  e.counts.told.Load(),
 	}
 }
 
@@ -129,9 +129,12 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		case filter.Accept:
 			accepted = append(accepted, b)
 		case filter.Reject:
-			if e.rejections.Allow() {
-				rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy))
+			if !e.mayTell(from) {
+				e.counts.untold.Add(1)
+				continue
 			}
+			e.counts.told.Add(1)
+			rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy))
 		case filter.Control:
 			control = append(control, b)
 		}
@@ -150,6 +153,12 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 	for _, b := range control {
 		e.control(from, b)
 	}
+}
+
+// mayTell bounds the rejections, for each peer so that one that asks for many
+// takes none away from others: but for the few that share its limit by chance.
+func (e *Engine) mayTell(peer identity.NodePublic) bool {
+	return e.rejections[maphash.Comparable(e.seed, peer)%uint64(len(e.rejections))].Allow()
 }
 
 func contains(list []netip.Prefix, a netip.Addr) bool {

@@ -167,15 +167,14 @@ func (s *udpSock) SetWriteDeadline(time.Time) error { return os.ErrNoDeadline }
 
 // host is one node of a test.
 type host struct {
-	t     *testing.T
-	e     *Engine
-	link  *fakeLink
-	node  *wire.Node
-	key   identity.NodePrivate
-	m     *netmap.Map
-	four  netip.Addr
-	six   netip.Addr
-	filtr []wire.FilterRule
+	t    *testing.T
+	e    *Engine
+	link *fakeLink
+	node *wire.Node
+	key  identity.NodePrivate
+	m    *netmap.Map
+	four netip.Addr
+	six  netip.Addr
 }
 
 func newHost(t *testing.T, n *udpNet, number int) *host {
