@@ -120,7 +120,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 // the connection, before here it is found out.
 func dialled(s *session.Session, c stackConn, want identity.Peer) (*Conn, error) {
 	now, ok := s.WhoIs(c.Flow().Remote.Addr())
-	if !ok || now.ID != want.ID {
+	if !ok || now.ID != want.ID || now.ID == "" && now.Key != want.Key {
 		c.Close()
 		return nil, &RevokedError{Peer: want, Reason: "it left the mesh or changed its address during the dial"}
 	}

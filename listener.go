@@ -205,7 +205,7 @@ func (c *packetConn) sender(remote netip.AddrPort) (identity.Peer, bool) {
 		return identity.Peer{}, false
 	}
 	peer, ok := c.s.WhoIs(remote.Addr())
-	return peer, ok && peer.ID == to
+	return peer, ok && peer.ID == to && to != ""
 }
 
 // WriteTo sends a datagram to an address of a peer: an *Addr or *net.UDPAddr.
