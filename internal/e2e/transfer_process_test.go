@@ -222,8 +222,14 @@ func TestControlOutageInRealTime(t *testing.T) {
 	back := time.Now()
 	d := w.node("d", false, true)
 	d.must("serve", 7, nil)
-	d.must("get", "c:7", nil)
-	a.must("get", "d:7", nil)
+	// Each hears of the new node when it has found the server again.
+	for _, p := range [][2]*process{{d, c}, {a, d}, {b, d}} {
+		meshtest.Until(t, p[0].name+" to reach "+p[1].name, func() bool {
+			ctx, cancel := context.WithTimeout(t.Context(), meshtest.Patience)
+			defer cancel()
+			return p[0].call(ctx, "get", p[1].name+":7", nil) == nil
+		})
+	}
 	t.Logf("a new node joined and was reached %v after the control server was back", time.Since(back))
 	p, err := w.admin.SetPolicy(t.Context(), admin.PolicySet{Text: `{
 		"tagOwners": {"tag:a": []},
