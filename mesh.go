@@ -277,6 +277,10 @@ func (n *Node) Close() error {
 	if t != nil {
 		t.CloseIdleConnections()
 	}
+	// A Node that its owner keeps should not keep stack and netmap alive.
+	n.mu.Lock()
+	n.current = nil
+	n.mu.Unlock()
 	return nil
 }
 

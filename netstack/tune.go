@@ -52,6 +52,7 @@ const (
 // newGVisor builds a stack without addresses: no forwarding, no router
 // discovery, no duplicate address detection, no multicast reports.
 func newGVisor() (*stack.Stack, error) {
+	quiet()
 	st := stack.New(stack.Options{
 		NetworkProtocols: []stack.NetworkProtocolFactory{
 			ipv4.NewProtocol,

@@ -169,6 +169,14 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
 		}
 		byPeer[f.Peer][flowKey{f.Proto, f.Local, f.Remote}] = true
 	}
+	// Who is cut off hears that, although its flows were refused as well.
+	for _, c := range cut {
+		e.filter.Forget(c.peer.Key)
+		err := &RevokedError{Peer: old.Identity(c.peer), Policy: next.PolicyVersion(), Reason: c.why}
+		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
+			return contains(c.peer.AllowedIPs, remote.Addr())
+		}, err)
+	}
 	for key, flows := range byPeer {
 		err := &RevokedError{Policy: next.PolicyVersion(), Reason: "the policy no longer allows it"}
 		if p, ok := old.Peer(key); ok {
@@ -176,13 +184,6 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
 		}
 		e.link.Abort(func(proto uint8, local, remote netip.AddrPort) bool {
 			return flows[flowKey{proto, local, remote}]
-		}, err)
-	}
-	for _, c := range cut {
-		e.filter.Forget(c.peer.Key)
-		err := &RevokedError{Peer: old.Identity(c.peer), Policy: next.PolicyVersion(), Reason: c.why}
-		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
-			return contains(c.peer.AllowedIPs, remote.Addr())
 		}, err)
 	}
 }

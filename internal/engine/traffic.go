@@ -28,7 +28,7 @@ func (e *Engine) Dropped() Dropped {
 	return Dropped{
 		Malformed: e.counts.malformed.Load(),
 		NoPeer:    e.counts.noPeer.Load(),
-		Spoofed:   e.counts.spoofed.Load(),
+		Spoofed:   e.counts.spoofed.Load() + e.tunnel.Stats().DropSource,
 		Filtered:  e.filter.Stats().Dropped + e.counts.untold.Load(),
 		Rejected:  e.counts.told.Load(),
 	}

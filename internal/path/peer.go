@@ -316,7 +316,7 @@ func (p *Path) Send(key identity.NodePublic, hint netip.AddrPort, datagrams [][]
 	now := p.now()
 	pe.sent.Store(int64(now))
 	direct := pe.direct.Load()
-	if direct != nil && int64(now) <= pe.trusted.Load() {
+	if direct != nil && int64(now) <= pe.trusted.Load() && !isHandshake(datagrams) {
 		if !pe.active.Load() {
 			p.probe(pe, now)
 		}
@@ -328,6 +328,18 @@ func (p *Path) Send(key identity.NodePublic, hint netip.AddrPort, datagrams [][]
 		direct = nil
 	}
 	return p.sendBoth(pe, now, direct, hint, datagrams)
+}
+
+// isHandshake reports whether datagrams begin with a handshake message of
+// WireGuard. Those go by every way even while one is trusted: a peer that was
+// restarted elsewhere begins with a handshake, and an answer to where it was
+// before is lost for the seconds that trust lasts.
+func isHandshake(datagrams [][]byte) bool {
+	if len(datagrams) == 0 || len(datagrams[0]) < 4 {
+		return false
+	}
+	b := datagrams[0]
+	return b[0] >= 1 && b[0] <= 3 && b[1]|b[2]|b[3] == 0
 }
 
 // sendBoth sends by every way that may work, and looks for a better one.
@@ -345,6 +357,9 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 			err = e
 			p.sendFailed(pe, to, e)
 		}
+	}
+	if hint.IsValid() && hint != to && isHandshake(datagrams) {
+		_ = p.writeUDP(hint, datagrams) // in addition; what counts is above
 	}
 	if region := p.relayFor(pe); region != 0 && p.sendRelay(region, pe.key, datagrams...) {
 		err = nil
