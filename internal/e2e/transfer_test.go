@@ -61,7 +61,11 @@ func TestTransferBothWays(t *testing.T) {
 			c1, c2 := connect(t, a, b)
 			defer c1.Close()
 			defer c2.Close()
-			if err := exchange(c1, c2, 16<<20); err != nil {
+			size := int64(16 << 20)
+			if raceEnabled || testing.Short() {
+				size = 4 << 20
+			}
+			if err := exchange(c1, c2, size); err != nil {
 				t.Error(err)
 			}
 			if got := pathTo(a, b); got != p.want {
@@ -77,6 +81,7 @@ func BenchmarkTransfer(b *testing.B) {
 			m := meshtest.Start(b, openPolicy)
 			x, y := m.Node("x", []string{"tag:a"}, p.opt), m.Node("y", []string{"tag:a"}, p.opt)
 			meshtest.Up(b, x, y)
+			awaitPeers(b, x, y)
 			const size = 64 << 20
 			c1, c2 := connect(b, x, y)
 			c1.Close()

@@ -180,6 +180,16 @@ func (t *table) find(k *flowKey, peer *identity.NodePublic, now int64) *flow {
 	return e
 }
 
+// peek is find for a key that a packet only quotes: it leaves the flows of
+// others alone.
+func (t *table) peek(k *flowKey, peer *identity.NodePublic, now int64) *flow {
+	e := t.flows[*k]
+	if e == nil || e.expired(now) || e.owner.peer != *peer {
+		return nil
+	}
+	return e
+}
+
 // touch makes e the most recently used of its list.
 func (t *table) touch(e *flow, now int64) {
 	e.seen = now

@@ -205,7 +205,7 @@ func (f *Filter) inICMP(p *Packet, peer *identity.NodePublic, now int64) Verdict
 		return Verdict{Action: Accept, Rule: rule, Reason: ReasonRule}
 	case p.isEchoReply():
 		key := echoKey(p.Proto, p.Dst, p.Src, p.ICMPID)
-		if e := f.flows.find(&key, peer, now); e != nil {
+		if e := f.flows.peek(&key, peer, now); e != nil {
 			f.noteFragment(p, now)
 			return Verdict{Action: Accept, Reason: ReasonFlow}
 		}
@@ -220,7 +220,7 @@ func (f *Filter) inICMP(p *Packet, peer *identity.NodePublic, now int64) Verdict
 		if q.Proto == p.Proto {
 			key = echoKey(q.Proto, q.Src, q.Dst, q.ICMPID)
 		}
-		if e := f.flows.find(&key, peer, now); e != nil && e.state != stateRefused {
+		if e := f.flows.peek(&key, peer, now); e != nil && e.state != stateRefused {
 			return Verdict{Action: Accept, Rule: e.rule, Reason: ReasonFlow}
 		}
 	}

@@ -27,7 +27,7 @@ func (m *Map) describe(n *wire.Node) identity.Peer {
 		Key:       n.Key,
 		Name:      strings.TrimSuffix(n.Name, "."),
 		Addresses: addresses(n),
-		Tags:      n.Tags,
+		Tags:      slices.Clone(n.Tags),
 	}
 	if !slices.IsSorted(who.Tags) {
 		who.Tags = slices.Sorted(slices.Values(who.Tags))
