@@ -48,6 +48,7 @@ func awaitPeers(t testing.TB, nodes ...*mesh.Node) {
 // awaitPath keeps a little traffic going until it takes the path.
 func awaitPath(t *testing.T, from, to *mesh.Node, path string) {
 	t.Helper()
+	know(t, from, to)
 	l, err := to.Listen("tcp", ":0")
 	if err != nil {
 		t.Fatal(err)
@@ -93,6 +94,7 @@ func dialAddr(n *mesh.Node, l net.Listener) string {
 // connect makes one connection between two nodes.
 func connect(t testing.TB, from, to *mesh.Node) (dialled, accepted net.Conn) {
 	t.Helper()
+	know(t, from, to)
 	dialled, accepted, err := tryConnect(t.Context(), from, to)
 	if err != nil {
 		t.Fatal(err)
