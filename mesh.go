@@ -251,7 +251,9 @@ func (n *Node) running(ctx context.Context) (*session.Session, error) {
 	return nil, err
 }
 
-// Up starts the node, waits until peers can reach it, and returns its Status.
+// Up starts the node, waits until it can be reached, and returns its Status.
+// Nodes that are up already hear of it within moments: until then a dial of
+// theirs is ErrUnknownHost.
 // It fails at once if the node cannot enrol: the error says why and what to do.
 func (n *Node) Up(ctx context.Context) (*Status, error) {
 	if _, err := n.running(ctx); err != nil {
