@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -118,6 +119,18 @@ func parseURL(s string) (*url.URL, error) {
 
 // URL returns the control server's URL.
 func (c *Client) URL() string { return c.base }
+
+// Proven returns ErrUnproven if whoever sits between could pose as the control
+// server. Who cares asks it before anything else: the client itself goes on.
+func (c *Client) Proven() error {
+	if c.url.Scheme == "https" || !c.cfg.ServerKey.IsZero() || c.url.Hostname() == "localhost" {
+		return nil
+	}
+	if ip, err := netip.ParseAddr(c.url.Hostname()); err == nil && ip.Unmap().IsLoopback() {
+		return nil
+	}
+	return fmt.Errorf("control server %s: %w", c.base, ErrUnproven)
+}
 
 // Close ends all that goes on, which fails with ErrClosed, and closes the
 // connection. It may be called at any time, and again.

@@ -14,6 +14,10 @@ import (
 // ErrClosed reports the use of a Client after Close.
 var ErrClosed = errors.New("control client is closed")
 
+// ErrUnproven reports a control server whose key nobody vouches for: it is
+// reached over plain HTTP beyond this host, and the key is not pinned.
+var ErrUnproven = errors.New("plain HTTP does not prove who answers: use https, or pin the server's key, which `mesh serve` prints")
+
 // ErrServerKeyMismatch reports that the control server does not hold the key
 // that Config.ServerKey pins.
 var ErrServerKeyMismatch = errors.New("control server key mismatch")

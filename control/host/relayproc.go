@@ -144,6 +144,9 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := r.client.Proven(); err != nil {
+		return nil, fmt.Errorf("%w with --control-key", err)
+	}
 	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log})
 	r.wg.Go(func() {
 		if err := r.relay.Serve(ln, relay.TLSConfig(id.cert, r.relay)); err != nil && r.ctx.Err() == nil {

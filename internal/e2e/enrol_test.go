@@ -58,6 +58,7 @@ func TestStartFailuresSayWhy(t *testing.T) {
 	}{
 		"no control URL":      {func(n *mesh.Node) { n.ControlURL = "" }, nil, "set Node.ControlURL or MESH_CONTROL_URL"},
 		"malformed URL":       {func(n *mesh.Node) { n.ControlURL = "ftp://x" }, nil, "want http://host[:port] or https://host[:port]"},
+		"plain HTTP, no pin":  {func(n *mesh.Node) { n.ControlURL = "http://192.0.2.1:8080" }, nil, "plain HTTP does not prove who answers"},
 		"nobody at URL":       {func(n *mesh.Node) { n.ControlURL = closedPort }, nil, "control server unreachable: dial tcp " + strings.TrimPrefix(closedPort, "http://") + ": connect: connection refused"},
 		"no auth key":         {func(n *mesh.Node) { n.AuthKey = "" }, mesh.ErrNeedsLogin, "login needed"},
 		"unknown auth key":    {func(n *mesh.Node) { n.AuthKey = "mesh-auth-77-x" }, mesh.ErrAuthKeyUnknown, "unknown auth key"},

@@ -179,7 +179,9 @@ func (s *Session) live() (err error) {
 		return err
 	}
 	defer client.Close()
-
+	if err := client.Proven(); err != nil {
+		return fmt.Errorf("%w with Node.ControlKey or MESH_CONTROL_KEY", err)
+	}
 	return s.follow(&enrolment{cfg: s.cfg, log: s.log, store: store, state: state, client: client, server: client})
 }
 
