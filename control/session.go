@@ -24,7 +24,7 @@ const steady = 30 * time.Second
 // For shortOutage after the last contact attempts to connect are at most
 // quickRetry apart.
 const (
-	shortOutage = 2 * time.Minute
+	shortOutage = 2 * time.Hour
 	quickRetry  = 2 * time.Second
 )
 
@@ -258,8 +258,9 @@ func (s *Session) run(ctx context.Context) error {
 				wait.Reset()
 			}
 		}
-		// A restart takes moments, and what waits for it should not take
-		// longer; an outage is another thing.
+		// What nodes wait for after an outage, new grants above all, should
+		// take no longer than a moment. A server that is gone for good is
+		// another thing, and one that is busy says so with Retry-After.
 		wait.Max = quickRetry
 		if time.Since(contact) > shortOutage {
 			wait.Max = backoff.DefaultMax

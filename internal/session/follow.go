@@ -35,7 +35,7 @@ const mapTimeout = 60 * time.Second
 // For shortOutage a node that came up without the control server tries it again
 // at least every quickRetry, and less often then.
 const (
-	shortOutage = 2 * time.Minute
+	shortOutage = 2 * time.Hour
 	quickRetry  = 2 * time.Second
 )
 
