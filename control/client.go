@@ -123,13 +123,19 @@ func (c *Client) URL() string { return c.base }
 // Proven returns ErrUnproven if whoever sits between could pose as the control
 // server. Who cares asks it before anything else: the client itself goes on.
 func (c *Client) Proven() error {
-	if c.url.Scheme == "https" || !c.cfg.ServerKey.IsZero() || c.url.Hostname() == "localhost" {
-		return nil
-	}
-	if ip, err := netip.ParseAddr(c.url.Hostname()); err == nil && ip.Unmap().IsLoopback() {
+	if c.url.Scheme == "https" || !c.cfg.ServerKey.IsZero() || c.Local() {
 		return nil
 	}
 	return fmt.Errorf("control server %s: %w", c.base, ErrUnproven)
+}
+
+// Local reports whether the control server's URL names this host.
+func (c *Client) Local() bool {
+	if c.url.Hostname() == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(c.url.Hostname())
+	return err == nil && ip.Unmap().IsLoopback()
 }
 
 // Close ends all that goes on, which fails with ErrClosed, and closes the

@@ -33,3 +33,19 @@ func TestProven(t *testing.T) {
 		c.Close()
 	}
 }
+
+func TestLocal(t *testing.T) {
+	for url, want := range map[string]bool{
+		"http://127.0.0.1:8080": true, "https://localhost": true, "http://[::1]:1": true,
+		"https://mesh.example.com": false, "http://10.0.0.1": false,
+	} {
+		c, err := New(Config{URL: url, Machine: identity.NewMachine()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Local() != want {
+			t.Errorf("%q: %v", url, !want)
+		}
+		c.Close()
+	}
+}

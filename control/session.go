@@ -21,11 +21,11 @@ import (
 // one more failure in a row.
 const steady = 30 * time.Second
 
-// For shortOutage after the last contact attempts to connect are at most
-// quickRetry apart.
+// For ShortOutage after the last contact attempts to connect are at most
+// QuickRetry apart.
 const (
-	shortOutage = 2 * time.Hour
-	quickRetry  = 2 * time.Second
+	ShortOutage = 2 * time.Hour
+	QuickRetry  = 2 * time.Second
 )
 
 // HostState is what the control server and peers are told about a node.
@@ -261,8 +261,8 @@ func (s *Session) run(ctx context.Context) error {
 		// What nodes wait for after an outage, new grants above all, should
 		// take no longer than a moment. A server that is gone for good is
 		// another thing, and one that is busy says so with Retry-After.
-		wait.Max = quickRetry
-		if time.Since(contact) > shortOutage {
+		wait.Max = QuickRetry
+		if time.Since(contact) > ShortOutage {
 			wait.Max = backoff.DefaultMax
 		}
 		s.c.log.Debug("map stream ended, will try again", zap.Error(err))

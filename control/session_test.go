@@ -122,11 +122,11 @@ func TestSessionRetries(t *testing.T) {
 		}
 		gone := time.Now()
 		var p *poll
-		for time.Since(gone) <= shortOutage {
+		for time.Since(gone) <= ShortOutage {
 			start := time.Now()
 			p = <-f.polls
 			// The last contact was some seconds before the loop began.
-			if d := time.Since(start); d > quickRetry && start.Sub(gone) < shortOutage-30*time.Second {
+			if d := time.Since(start); d > QuickRetry && start.Sub(gone) < ShortOutage-30*time.Second {
 				t.Errorf("%v after the server went the wait is %v", start.Sub(gone), d)
 			}
 			p.end()

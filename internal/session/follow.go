@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/netip"
-	"net/url"
 	"sync"
 	"time"
 
@@ -31,13 +29,6 @@ const readyTimeout = 10 * time.Second
 // mapTimeout bounds how long a node that the control server accepted waits for
 // its first map before the start fails.
 const mapTimeout = 60 * time.Second
-
-// For shortOutage a node that came up without the control server tries it again
-// at least every quickRetry, and less often then.
-const (
-	shortOutage = 2 * time.Hour
-	quickRetry  = 2 * time.Second
-)
 
 // drainTimeout bounds how long the resets of a node that leaves may take.
 const drainTimeout = 200 * time.Millisecond
@@ -157,7 +148,7 @@ func (e *enrolment) savedMap() (*netmap.Map, error) {
 // keepRegistering goes on after a failure until the control server has accepted
 // the node, or refused it for good. The data plane runs, so the node key stays.
 func (s *Session) keepRegistering(e *enrolment, err error) error {
-	wait := backoff.Backoff{Max: quickRetry}
+	wait := backoff.Backoff{Max: control.QuickRetry}
 	for since := time.Now(); err != nil; {
 		if s.ctx.Err() != nil || !worthRetry(err) {
 			return err
@@ -166,7 +157,7 @@ func (s *Session) keepRegistering(e *enrolment, err error) error {
 		if werr := wait.Wait(s.ctx, 0, nil, err); werr != nil {
 			return werr
 		}
-		if time.Since(since) > shortOutage {
+		if time.Since(since) > control.ShortOutage {
 			wait.Max = backoff.DefaultMax
 		}
 		err = e.register(s.ctx, false)
@@ -196,7 +187,7 @@ func (s *Session) startDataPlane(e *enrolment) error {
 		Link:              link{stack},
 		Port:              s.cfg.Port,
 		RelayOnly:         s.cfg.RelayOnly,
-		LoopbackEndpoints: onLoopback(s.cfg.ControlURL),
+		LoopbackEndpoints: e.client.Local(),
 		ListenUDP:         s.cfg.ListenUDP,
 		DialTCP:           s.cfg.DialTCP,
 		Report:            s.report,
@@ -220,20 +211,6 @@ func (s *Session) report(r path.Report) {
 	if told != nil {
 		told()
 	}
-}
-
-// onLoopback reports whether the control server is on this host, so that
-// loopback addresses are of use to peers.
-func onLoopback(controlURL string) bool {
-	u, err := url.Parse(controlURL)
-	if err != nil {
-		return false
-	}
-	if u.Hostname() == "localhost" {
-		return true
-	}
-	ip, err := netip.ParseAddr(u.Hostname())
-	return err == nil && ip.IsLoopback()
 }
 
 // stopDataPlane ends all connections with the reason for the end, says goodbye

@@ -229,14 +229,3 @@ func TestIsSelf(t *testing.T) {
 		t.Error("a node without a name is called \"\"")
 	}
 }
-
-func TestOnLoopback(t *testing.T) {
-	for url, want := range map[string]bool{
-		"http://127.0.0.1:8080": true, "https://localhost": true, "http://[::1]:1": true,
-		"https://mesh.example.com": false, "http://10.0.0.1": false, "::": false, "": false,
-	} {
-		if onLoopback(url) != want {
-			t.Errorf("%q: %v", url, !want)
-		}
-	}
-}
