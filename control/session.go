@@ -94,9 +94,18 @@ func signal(ch chan struct{}) {
 // meanwhile it hears of the last. Relay latencies alone are no news. The
 // contents of h must not change after.
 func (s *Session) SetHostState(h HostState) {
+	s.tell(func() (news bool) {
+		news = !sameState(s.host, h)
+		s.host = h
+		return news
+	})
+}
+
+// tell changes what the control server is told of the node, and asks for a lite
+// update if change reports that it is news. change runs with mu held.
+func (s *Session) tell(change func() (news bool)) {
 	s.mu.Lock()
-	news := !sameState(s.host, h)
-	s.host = h
+	news := change()
 	if news {
 		s.want++
 	}
@@ -109,16 +118,11 @@ func (s *Session) SetHostState(h HostState) {
 // SetApplied says which version of the policy is in force at the node, which
 // the control server is told like host state.
 func (s *Session) SetApplied(version int64) {
-	s.mu.Lock()
-	news := s.applied != version
-	s.applied = version
-	if news {
-		s.want++
-	}
-	s.mu.Unlock()
-	if news {
-		signal(s.update)
-	}
+	s.tell(func() (news bool) {
+		news = s.applied != version
+		s.applied = version
+		return news
+	})
 }
 
 // Retry says that the network has changed. A session that waits to connect

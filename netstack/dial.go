@@ -56,14 +56,10 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 		}
 		return nil, op
 	}
-	switch {
-	case !remote.IsValid() || remote.Addr().Zone() != "":
-		return fail(&net.AddrError{Err: "invalid address", Addr: remote.String()})
-	case remote.Addr().IsUnspecified() || remote.Addr().IsLoopback() || remote.Addr().IsMulticast():
-		return fail(syscall.ENETUNREACH)
-	case local.IsValid() && local.Is4() != remote.Addr().Is4():
-		return fail(&net.AddrError{Err: "mismatched local address type", Addr: local.String()})
-	case ctx.Err() != nil:
+	if err := checkDial(local, remote); err != nil {
+		return fail(err)
+	}
+	if ctx.Err() != nil {
 		return fail(ctxError(ctx))
 	}
 	var wq waiter.Queue
@@ -130,4 +126,19 @@ func (s *Stack) connect(ctx context.Context, c *Conn, d *dial, local netip.Addr,
 		}
 		return nil
 	}
+}
+
+// checkDial refuses addresses that nobody can dial, or not from local. Both are
+// unmapped; local may be zero.
+func checkDial(local netip.Addr, remote netip.AddrPort) error {
+	to := remote.Addr()
+	switch {
+	case !remote.IsValid() || to.Zone() != "":
+		return &net.AddrError{Err: "invalid address", Addr: remote.String()}
+	case to.IsUnspecified() || to.IsLoopback() || to.IsMulticast():
+		return syscall.ENETUNREACH
+	case local.IsValid() && local.Is4() != to.Is4():
+		return &net.AddrError{Err: "mismatched local address type", Addr: local.String()}
+	}
+	return nil
 }

@@ -332,13 +332,8 @@ func (s *Stack) DialUDP(local netip.Addr, remote netip.AddrPort) (*UDPConn, erro
 	fail := func(err error) (*UDPConn, error) {
 		return nil, &net.OpError{Op: "dial", Net: "udp", Addr: udpAddr(remote), Err: s.orClosed(err)}
 	}
-	switch {
-	case !remote.IsValid() || remote.Addr().Zone() != "":
-		return fail(&net.AddrError{Err: "invalid address", Addr: remote.String()})
-	case remote.Addr().IsUnspecified() || remote.Addr().IsLoopback() || remote.Addr().IsMulticast():
-		return fail(syscall.ENETUNREACH)
-	case local.IsValid() && local.Is4() != remote.Addr().Is4():
-		return fail(&net.AddrError{Err: "mismatched local address type", Addr: local.String()})
+	if err := checkDial(local, remote); err != nil {
+		return fail(err)
 	}
 	sock, err := s.newUDP(protocolOf(remote.Addr()), remote.Addr().Is6())
 	if err != nil {
