@@ -18,7 +18,10 @@ type FilterRule struct {
 
 // RuleOrigin names a rule of the policy file.
 type RuleOrigin struct {
-	Rule string // "acls[2]"
+	Rule string // "acls[2]", "grants[0]"
+	// ID is derived from what the rule says, not from where it stands, so that
+	// it outlives edits of other rules. Empty: unknown.
+	ID   string `json:",omitempty"`
 	Line int    `json:",omitempty"` // 1-based line of the file it starts at
 }
 
