@@ -8,6 +8,7 @@ import (
 
 	"mesh/control/wire"
 	"mesh/identity"
+	"mesh/internal/iprange"
 )
 
 // ErrObsolete reports rules of a form that was given up: the whole update that
@@ -47,7 +48,7 @@ type rule struct {
 }
 
 type dst struct {
-	addrs       []addrRange // one, or one per family for "*"
+	addrs       []iprange.Range // one, or one per family for "*"
 	first, last uint16
 	origin      identity.Rule
 }
@@ -63,7 +64,7 @@ func (r *rule) hasProto(n uint8) bool { return r.protos[n>>6]>>(n&63)&1 != 0 }
 // grants are none of the filter's business.
 func Compile(rules []wire.FilterRule, policyVersion int64, local []netip.Prefix) (*Rules, error) {
 	r := &Rules{version: policyVersion}
-	var localRanges []addrRange
+	var localRanges []iprange.Range
 	for _, p := range local {
 		if !p.IsValid() || p.Addr().Is4In6() {
 			continue
@@ -76,7 +77,7 @@ func Compile(rules []wire.FilterRule, policyVersion int64, local []netip.Prefix)
 		default:
 			r.hasAll6 = true
 		}
-		localRanges = append(localRanges, rangeOf(p))
+		localRanges = append(localRanges, iprange.Of(p))
 	}
 	for i, w := range rules {
 		if len(w.SrcBits) > 0 {
@@ -94,10 +95,10 @@ func Compile(rules []wire.FilterRule, policyVersion int64, local []netip.Prefix)
 	return r, nil
 }
 
-func (r *Rules) addRule(i int, w wire.FilterRule, local []addrRange) {
+func (r *Rules) addRule(i int, w wire.FilterRule, local []iprange.Range) {
 	var c rule
 	for j, d := range w.DstPorts {
-		addrs, err := parseAddrs(d.IP)
+		addrs, err := iprange.Parse(d.IP)
 		if err != nil {
 			r.skip("rule %d, destination %d: %v", i, j, err)
 			continue
@@ -146,7 +147,7 @@ func (r *Rules) addRule(i int, w wire.FilterRule, local []addrRange) {
 			}
 			continue
 		}
-		addrs, err := parseAddrs(s)
+		addrs, err := iprange.Parse(s)
 		if err != nil {
 			r.skip("rule %d, source %d: %v", i, j, err)
 			continue
@@ -156,7 +157,7 @@ func (r *Rules) addRule(i int, w wire.FilterRule, local []addrRange) {
 		}
 		used = true
 		for _, a := range addrs {
-			for _, p := range a.prefixes() {
+			for _, p := range a.Prefixes() {
 				r.sources.add(p, id)
 			}
 		}
@@ -166,10 +167,10 @@ func (r *Rules) addRule(i int, w wire.FilterRule, local []addrRange) {
 	}
 }
 
-func overlapsAny(a, b []addrRange) bool {
+func overlapsAny(a, b []iprange.Range) bool {
 	for _, x := range a {
 		for _, y := range b {
-			if x.overlaps(y) {
+			if x.Overlaps(y) {
 				return true
 			}
 		}
@@ -184,69 +185,6 @@ func (r *Rules) skip(format string, args ...any) {
 	if len(r.skipped) < maxSkipped {
 		r.skipped = append(r.skipped, fmt.Sprintf(format, args...))
 	}
-}
-
-// parseAddrs reads "*", an address, a network, or a range "a-b".
-func parseAddrs(s string) ([]addrRange, error) {
-	if s == "*" {
-		return []addrRange{
-			rangeOf(netip.PrefixFrom(netip.IPv4Unspecified(), 0)),
-			rangeOf(netip.PrefixFrom(netip.IPv6Unspecified(), 0)),
-		}, nil
-	}
-	if strings.Contains(s, "/") {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			return nil, fmt.Errorf("%q is not a network", clip(s))
-		}
-		if p.Addr().Is4In6() {
-			return nil, fmt.Errorf("%q is an IPv4-mapped address", clip(s))
-		}
-		if p.Masked() != p {
-			return nil, fmt.Errorf("%q has bits set behind its prefix", clip(s))
-		}
-		return []addrRange{rangeOf(p)}, nil
-	}
-	if a, b, ok := strings.Cut(s, "-"); ok {
-		first, err := parseAddr(a)
-		if err != nil {
-			return nil, err
-		}
-		last, err := parseAddr(b)
-		if err != nil {
-			return nil, err
-		}
-		if first.BitLen() != last.BitLen() || last.Less(first) {
-			return nil, fmt.Errorf("%q is not a range", clip(s))
-		}
-		return []addrRange{{first, last}}, nil
-	}
-	a, err := parseAddr(s)
-	if err != nil {
-		return nil, err
-	}
-	return []addrRange{{a, a}}, nil
-}
-
-func parseAddr(s string) (netip.Addr, error) {
-	a, err := netip.ParseAddr(s)
-	switch {
-	case err != nil:
-		return a, fmt.Errorf("%q is not an address", clip(s))
-	case a.Zone() != "":
-		return a, fmt.Errorf("%q has a zone", clip(s))
-	case a.Is4In6():
-		return a, fmt.Errorf("%q is an IPv4-mapped address", clip(s))
-	}
-	return a, nil
-}
-
-func clip(s string) string {
-	const most = 64
-	if len(s) > most {
-		return s[:most] + "…"
-	}
-	return s
 }
 
 // Skipped lists, for a log, the entries that Compile left out.
@@ -342,7 +280,7 @@ func (c *rule) find(q query) int {
 			}
 		}
 		for _, a := range d.addrs {
-			if a.contains(q.local) {
+			if a.Contains(q.local) {
 				return i
 			}
 		}

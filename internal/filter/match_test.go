@@ -452,29 +452,3 @@ func FuzzCompile(f *testing.F) {
 		}
 	})
 }
-
-func TestPrefixesOfRange(t *testing.T) {
-	for _, tt := range []struct{ r, want string }{
-		{"100.64.0.0-100.115.91.255", "100.64.0.0/11 100.96.0.0/12 100.112.0.0/15 100.114.0.0/16 100.115.0.0/18 100.115.64.0/20 100.115.80.0/21 100.115.88.0/22"},
-		{"0.0.0.0-255.255.255.255", "0.0.0.0/0"},
-		{"::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "::/0"},
-		{"10.0.0.1-10.0.0.1", "10.0.0.1/32"},
-		{"10.0.0.1-10.0.0.6", "10.0.0.1/32 10.0.0.2/31 10.0.0.4/31 10.0.0.6/32"},
-	} {
-		a, err := parseAddrs(tt.r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got []string
-		for _, p := range a[0].prefixes() {
-			got = append(got, p.String())
-		}
-		if strings.Join(got, " ") != tt.want {
-			t.Errorf("%s: %v", tt.r, got)
-		}
-	}
-	worst, _ := parseAddrs("::1-ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe")
-	if n := len(worst[0].prefixes()); n != 254 {
-		t.Errorf("widest range: %d prefixes", n)
-	}
-}

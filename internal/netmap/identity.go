@@ -8,6 +8,7 @@ import (
 
 	"mesh/control/wire"
 	"mesh/identity"
+	"mesh/internal/iprange"
 )
 
 // Identity says who a peer is: owner or tags, addresses, and the capabilities
@@ -50,19 +51,13 @@ func addresses(n *wire.Node) []netip.Addr {
 
 // grantRule is a filter rule that gives capabilities.
 type grantRule struct {
-	sources []addrRange
+	sources []iprange.Range
 	grants  []grant
 }
 
 type grant struct {
 	dsts []netip.Prefix
 	from wire.CapGrant
-}
-
-type addrRange struct{ first, last netip.Addr }
-
-func (r addrRange) contains(a netip.Addr) bool {
-	return a.BitLen() == r.first.BitLen() && r.first.Compare(a) <= 0 && a.Compare(r.last) <= 0
 }
 
 func compileGrants(rules []wire.FilterRule) []grantRule {
@@ -73,7 +68,10 @@ func compileGrants(rules []wire.FilterRule) []grantRule {
 		}
 		var g grantRule
 		for _, s := range rules[i].SrcIPs {
-			g.sources = append(g.sources, parseRanges(s)...)
+			// What is no address, such as "cap:x", gives nothing.
+			if ranges, err := iprange.Parse(s); err == nil {
+				g.sources = append(g.sources, ranges...)
+			}
 		}
 		for _, c := range rules[i].CapGrant {
 			one := grant{from: c}
@@ -93,42 +91,6 @@ func compileGrants(rules []wire.FilterRule) []grantRule {
 	return out
 }
 
-// parseRanges reads the forms of filter addresses: "*", address, network or
-// "first-last". Anything else, such as "cap:x", gives nothing.
-func parseRanges(s string) []addrRange {
-	if s == "*" {
-		return []addrRange{
-			{netip.IPv4Unspecified(), netip.AddrFrom4([4]byte{255, 255, 255, 255})},
-			{netip.IPv6Unspecified(), lastOf(netip.PrefixFrom(netip.IPv6Unspecified(), 0))},
-		}
-	}
-	if first, last, ok := strings.Cut(s, "-"); ok {
-		a, err1 := netip.ParseAddr(first)
-		b, err2 := netip.ParseAddr(last)
-		if err1 != nil || err2 != nil || a.BitLen() != b.BitLen() || b.Less(a) {
-			return nil
-		}
-		return []addrRange{{a.WithZone(""), b.WithZone("")}}
-	}
-	if p, err := netip.ParsePrefix(s); err == nil && p == p.Masked() {
-		return []addrRange{{p.Addr(), lastOf(p)}}
-	}
-	if a, err := netip.ParseAddr(s); err == nil {
-		return []addrRange{{a.WithZone(""), a.WithZone("")}}
-	}
-	return nil
-}
-
-// lastOf returns the last address of a network.
-func lastOf(p netip.Prefix) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
-}
-
 // capabilities collects what the grants give a peer with those addresses at
 // the own address of the same family. A grant counts once, and values of one
 // name are in the order of the rules.
@@ -139,7 +101,7 @@ func (m *Map) capabilities(srcs []netip.Addr) map[string][]json.RawMessage {
 		// Own addresses at which this rule may give something.
 		var at []netip.Addr
 		for _, src := range srcs {
-			if !slices.ContainsFunc(rule.sources, func(r addrRange) bool { return r.contains(src) }) {
+			if !slices.ContainsFunc(rule.sources, func(r iprange.Range) bool { return r.Contains(src) }) {
 				continue
 			}
 			if i := slices.IndexFunc(own, func(a netip.Addr) bool { return a.BitLen() == src.BitLen() }); i >= 0 {
