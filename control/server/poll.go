@@ -134,7 +134,7 @@ func (s *Server) rename(ctx context.Context, id wire.NodeID, hostname string) {
 	}
 	name := s.nodes.freeName(hostname, id)
 	s.mu.Unlock()
-	if err := s.store.RenameNode(context.WithoutCancel(ctx), id, hostname, name, s.cfg.Now()); err != nil {
+	if err := s.store.RenameNode(context.WithoutCancel(ctx), "node", id, hostname, name, false, s.cfg.Now()); err != nil {
 		s.log.Error("rename failed", zap.Int64("node", int64(id)), zap.Error(err))
 		return
 	}

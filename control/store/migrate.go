@@ -21,7 +21,17 @@ var migrations = []func(context.Context, *sql.Tx) error{
 		_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('server-key', ?)`, []byte(key))
 		return err
 	},
+	func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, schema2)
+		return err
+	},
 }
+
+// schema2: administrators name nodes, and keys say how long node keys live.
+const schema2 = `
+ALTER TABLE nodes ADD COLUMN named INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE keys ADD COLUMN node_expiry INTEGER NOT NULL DEFAULT 0;
+`
 
 const schema1 = `
 CREATE TABLE meta (

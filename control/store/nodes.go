@@ -6,20 +6,21 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"mesh/control/wire"
 	"mesh/identity"
 )
 
-const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, ipv4, ipv6,
+const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, named, ipv4, ipv6,
 	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled`
 
 func scanNode(scan func(...any) error) (n Node, err error) {
 	var tags, ipv4, ipv6, endpoints, hostinfo string
 	var machine, key, disco []byte
 	var created, expires, seen int64
-	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &ipv4, &ipv6,
+	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &n.Named, &ipv4, &ipv6,
 		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled)
 	if err != nil {
 		return n, err
@@ -72,49 +73,17 @@ func (s *SQLite) LastNodeID(ctx context.Context) (wire.NodeID, error) {
 
 // RegisterNode implements Store.
 func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error) {
-	tags, err := encodeList(n.Tags)
-	if err != nil {
-		return Node{}, err
-	}
-	state, err := encodeState(n.NodeState)
-	if err != nil {
-		return Node{}, err
-	}
-	err = s.tx(ctx, fmt.Sprintf("register node %q", n.Name), func(tx *sql.Tx) error {
+	err := s.tx(ctx, fmt.Sprintf("register node %q", n.Name), func(tx *sql.Tx) error {
 		k, err := verifyKey(ctx, tx, KeyNode, keyText, now)
 		if err != nil {
 			return err
 		}
-		if err := notDead(ctx, tx, n.Key); err != nil {
-			return err
-		}
 		n.AuthKey = k.ID
 		action := "node.register"
-		if n.ID == 0 {
-			r, err := tx.ExecContext(ctx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, ipv4, ipv6,
-				ephemeral, created, expires, auth_key) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)`,
-				string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, n.IPv4.String(), n.IPv6.String(),
-				n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey)
-			if err != nil {
-				return err
-			}
-			id, err := r.LastInsertId()
-			if err != nil {
-				return err
-			}
-			n.ID = wire.NodeID(id)
-		} else {
+		if n.ID != 0 {
 			action = "node.renew"
-			if err := retire(ctx, tx, n.ID, false, now); err != nil {
-				return err
-			}
-			_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ? WHERE id = ?`,
-				keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, n.ID)
-			if err != nil {
-				return err
-			}
 		}
-		if err := saveState(ctx, tx, n.ID, state); err != nil {
+		if err := putNode(ctx, tx, &n, now); err != nil {
 			return err
 		}
 		if _, err := tx.ExecContext(ctx, `UPDATE keys SET used = ?, used_by = ? WHERE id = ?`, stamp(now), n.ID, k.ID); err != nil {
@@ -126,6 +95,73 @@ func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now t
 		return Node{}, err
 	}
 	return n, nil
+}
+
+// AdmitNode implements Store.
+func (s *SQLite) AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error) {
+	n.AuthKey = 0
+	err := s.tx(ctx, fmt.Sprintf("admit node %q", n.Name), func(tx *sql.Tx) error {
+		if err := putNode(ctx, tx, &n, now); err != nil {
+			return err
+		}
+		owner, err := ownerText(ctx, tx, n.User, n.Tags)
+		if err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "node.approve", n.Name, n.IPv4.String()+" for "+owner)
+	})
+	if err != nil {
+		return Node{}, err
+	}
+	return n, nil
+}
+
+// putNode stores n, as a new node if its ID is 0.
+func putNode(ctx context.Context, tx *sql.Tx, n *Node, now time.Time) error {
+	tags, err := encodeList(n.Tags)
+	if err != nil {
+		return err
+	}
+	state, err := encodeState(n.NodeState)
+	if err != nil {
+		return err
+	}
+	if err := notDead(ctx, tx, n.Key); err != nil {
+		return err
+	}
+	if n.ID != 0 {
+		if err := retire(ctx, tx, n.ID, false, now); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ? WHERE id = ?`,
+			keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, n.ID)
+		if err != nil {
+			return err
+		}
+		return saveState(ctx, tx, n.ID, state)
+	}
+	r, err := tx.ExecContext(ctx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, named, ipv4, ipv6,
+		ephemeral, created, expires, auth_key) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)`,
+		string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, n.Named, n.IPv4.String(), n.IPv6.String(),
+		n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey)
+	if err != nil {
+		return err
+	}
+	id, err := r.LastInsertId()
+	if err != nil {
+		return err
+	}
+	n.ID = wire.NodeID(id)
+	return saveState(ctx, tx, n.ID, state)
+}
+
+// ownerText names a user, or tags, in the audit record.
+func ownerText(ctx context.Context, tx *sql.Tx, user wire.UserID, tags []string) (name string, err error) {
+	if len(tags) > 0 {
+		return strings.Join(tags, " "), nil
+	}
+	err = tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = ?`, user).Scan(&name)
+	return name, err
 }
 
 // retire moves the present key of a node to the dead ones.
@@ -174,28 +210,54 @@ func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity
 // ExpireNode implements Store.
 func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("expire node %d", id), func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ? WHERE id = ?`, stamp(at), id)
-		if err != nil {
+		var name string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
 			return err
 		}
-		if err := mustAffect(r); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ? WHERE id = ?`, stamp(at), id); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "node.expire", fmt.Sprint(id), at.UTC().Format(time.RFC3339))
+		when := "never"
+		if !at.IsZero() {
+			when = at.UTC().Format(time.RFC3339)
+		}
+		return note(ctx, tx, now, by, "node.expire", name, when)
 	})
 }
 
 // RenameNode implements Store.
-func (s *SQLite) RenameNode(ctx context.Context, id wire.NodeID, hostname, name string, now time.Time) error {
+func (s *SQLite) RenameNode(ctx context.Context, by string, id wire.NodeID, hostname, name string, named bool, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("rename node %d", id), func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = ?, name = ? WHERE id = ?`, hostname, name, id)
+		var old string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&old); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = ?, name = ?, named = ? WHERE id = ?`, hostname, name, named, id); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "node.rename", old, name)
+	})
+}
+
+// SetOwner implements Store.
+func (s *SQLite) SetOwner(ctx context.Context, by string, id wire.NodeID, user wire.UserID, tags []string, expires, now time.Time) error {
+	text, err := encodeList(tags)
+	if err != nil {
+		return err
+	}
+	return s.tx(ctx, fmt.Sprintf("set owner of node %d", id), func(tx *sql.Tx) error {
+		var name string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET user_id = ?, tags = ?, expires = ? WHERE id = ?`, nullID(user), text, stamp(expires), id); err != nil {
+			return err
+		}
+		owner, err := ownerText(ctx, tx, user, tags)
 		if err != nil {
 			return err
 		}
-		if err := mustAffect(r); err != nil {
-			return err
-		}
-		return note(ctx, tx, now, "node", "node.rename", fmt.Sprint(id), name)
+		return note(ctx, tx, now, by, "node.tag", name, owner)
 	})
 }
 

@@ -146,6 +146,11 @@ func (s *SQLite) RemoveRelay(ctx context.Context, by string, region int, now tim
 	})
 }
 
+// Note implements Store.
+func (s *SQLite) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
+	return s.tx(ctx, "record "+action, func(tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
+}
+
 // Audit implements Store.
 func (s *SQLite) Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error) {
 	return query(ctx, s, "read audit", `SELECT id, at, actor, action, object, detail FROM audit WHERE at >= ? ORDER BY id LIMIT ?`,

@@ -64,6 +64,9 @@ type Key struct {
 	Revoked   time.Time // zero = not revoked
 	Used      time.Time // last use, zero = never
 	UsedBy    wire.NodeID
+	// NodeExpiry is how long the keys of nodes that enrol with it are good
+	// for; 0 = as the server has it, negative = they never expire.
+	NodeExpiry time.Duration
 }
 
 // State says whether the key can be used at now: nil, or the error that tells
@@ -90,12 +93,13 @@ type Node struct {
 	Tags      []string    // sorted; empty for a user's nodes
 	Hostname  string      // the label the node asked for, after sanitising
 	Name      string      // the label it has, unique
+	Named     bool        // an administrator chose Name: it does not follow Hostname
 	IPv4      netip.Addr  // unique
 	IPv6      netip.Addr  // unique
 	Ephemeral bool
 	Created   time.Time
 	Expires   time.Time // of the node key, zero = never
-	AuthKey   int64     // Key.ID it enrolled with
+	AuthKey   int64     // Key.ID it enrolled with, 0 = an administrator admitted it
 
 	NodeState
 }
@@ -183,12 +187,19 @@ type Store interface {
 	// node key or an address is taken or the node key is dead, ErrNotFound
 	// when the node with that ID is gone.
 	RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error)
+	// AdmitNode stores n as RegisterNode does, but on the word of an
+	// administrator instead of a key.
+	AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error)
 	// RotateNodeKey gives a node another key; the former one dies.
 	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error
 	// ExpireNode sets the expiry of the node's key.
 	ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error
-	// RenameNode sets hostname and name. ErrConflict: the name is taken.
-	RenameNode(ctx context.Context, id wire.NodeID, hostname, name string, now time.Time) error
+	// RenameNode sets hostname, name and whether an administrator chose it.
+	// ErrConflict: the name is taken.
+	RenameNode(ctx context.Context, by string, id wire.NodeID, hostname, name string, named bool, now time.Time) error
+	// SetOwner gives a node to a user, or to tags (user 0), and sets the expiry
+	// of its key.
+	SetOwner(ctx context.Context, by string, id wire.NodeID, user wire.UserID, tags []string, expires, now time.Time) error
 	// RemoveNode forgets a node. With bury its key stays known as removed by an
 	// administrator.
 	RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error
@@ -212,6 +223,8 @@ type Store interface {
 	Relays(ctx context.Context) ([]Relay, error)
 	RemoveRelay(ctx context.Context, by string, region int, now time.Time) error
 
+	// Note records something that changes nothing else in the store.
+	Note(ctx context.Context, by, action, object, detail string, now time.Time) error
 	// Audit returns the entries since a time, oldest first, limit at most.
 	Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error)
 

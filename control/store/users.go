@@ -86,8 +86,8 @@ func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, 
 		return Key{}, "", err
 	}
 	err = s.tx(ctx, "create key", func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `INSERT INTO keys (kind, hash, user_id, tags, reusable, ephemeral, created, expires) VALUES (?,?,?,?,?,?,?,?)`,
-			string(k.Kind), hash, nullID(k.User), tags, k.Reusable, k.Ephemeral, stamp(k.Created), stamp(k.Expires))
+		r, err := tx.ExecContext(ctx, `INSERT INTO keys (kind, hash, user_id, tags, reusable, ephemeral, created, expires, node_expiry) VALUES (?,?,?,?,?,?,?,?,?)`,
+			string(k.Kind), hash, nullID(k.User), tags, k.Reusable, k.Ephemeral, stamp(k.Created), stamp(k.Expires), int64(k.NodeExpiry))
 		if err != nil {
 			return err
 		}
@@ -102,12 +102,12 @@ func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, 
 	return k, keyText(k.Kind, k.ID, secret), nil
 }
 
-const keyColumns = `id, kind, coalesce(user_id, 0), tags, reusable, ephemeral, created, expires, revoked, used, used_by`
+const keyColumns = `id, kind, coalesce(user_id, 0), tags, reusable, ephemeral, created, expires, revoked, used, used_by, node_expiry`
 
 func scanKey(scan func(...any) error, more ...any) (k Key, err error) {
 	var tags, kind string
 	var created, expires, revoked, used int64
-	err = scan(append([]any{&k.ID, &kind, &k.User, &tags, &k.Reusable, &k.Ephemeral, &created, &expires, &revoked, &used, &k.UsedBy}, more...)...)
+	err = scan(append([]any{&k.ID, &kind, &k.User, &tags, &k.Reusable, &k.Ephemeral, &created, &expires, &revoked, &used, &k.UsedBy, &k.NodeExpiry}, more...)...)
 	if err != nil {
 		return Key{}, err
 	}

@@ -1,0 +1,135 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"mesh/control/admin"
+	"mesh/control/store"
+	"mesh/control/wire"
+)
+
+// defaultKeyLife is how long an auth key is good for if nobody says.
+const defaultKeyLife = 90 * 24 * time.Hour
+
+func (s *Server) adminKey(k store.Key) admin.Key {
+	out := admin.Key{
+		ID: k.ID, Kind: string(k.Kind), Tags: k.Tags, Reusable: k.Reusable, Ephemeral: k.Ephemeral,
+		Created: k.Created, Expires: k.Expires, Revoked: k.Revoked, Used: k.Used, User: s.users[k.User].Name,
+	}
+	switch k.State(s.cfg.Now()) {
+	case nil:
+		out.State = "valid"
+	case wire.ErrAuthKeyRevoked:
+		out.State = "revoked"
+	case wire.ErrAuthKeyExpired:
+		out.State = "expired"
+	case wire.ErrAuthKeyUsed:
+		out.State = "used"
+	}
+	return out
+}
+
+func (s *Server) adminKeys(r *http.Request) (any, error) {
+	keys, err := s.store.Keys(r.Context())
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]admin.Key, 0, len(keys))
+	for _, k := range keys {
+		out = append(out, s.adminKey(k))
+	}
+	return out, nil
+}
+
+func (s *Server) adminCreateKey(r *http.Request) (any, error) {
+	var in admin.KeyCreate
+	if err := adminBody(r, &in); err != nil {
+		return nil, err
+	}
+	// Held so that the user cannot go away in between.
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	k, err := s.newKey(in)
+	if err != nil {
+		return nil, err
+	}
+	k, secret, err := s.store.CreateKey(r.Context(), localAdmin, k)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return admin.NewKey{Key: s.adminKey(k), Secret: secret}, nil
+}
+
+// newKey checks the wish for a key.
+func (s *Server) newKey(in admin.KeyCreate) (store.Key, error) {
+	now := s.cfg.Now()
+	k := store.Key{Kind: store.KeyNode, Reusable: in.Reusable, Ephemeral: in.Ephemeral, Created: now}
+	invalid := func(format string, args ...any) (store.Key, error) {
+		return store.Key{}, fmt.Errorf("%w: "+format, append([]any{errInvalid}, args...)...)
+	}
+	if in.Expires < 0 {
+		return invalid("a key cannot expire in the past")
+	}
+	if in.Relay {
+		if in.User != "" || len(in.Tags) > 0 || in.Ephemeral {
+			return invalid("a relay key has neither user nor tags and is not ephemeral")
+		}
+		k.Kind, k.Reusable = store.KeyRelay, true // a relay shows it at every start
+		if in.Expires > 0 {
+			k.Expires = now.Add(in.Expires)
+		}
+		return k, nil
+	}
+	if (in.User == "") == (len(in.Tags) == 0) {
+		return invalid("a key belongs to a user (--user) or carries tags (--tag): give one of the two")
+	}
+	k.Expires = now.Add(defaultKeyLife)
+	if in.Expires > 0 {
+		k.Expires = now.Add(in.Expires)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if in.User != "" {
+		u, ok := s.userByName(in.User)
+		if !ok {
+			return store.Key{}, fmt.Errorf("user %q: %w: create it with `mesh user create`", in.User, store.ErrNotFound)
+		}
+		k.User = u.ID
+	}
+	for _, t := range in.Tags {
+		if s.policy.parsed == nil || !s.policy.parsed.HasTag(t) {
+			return invalid("tag %q is not in the policy's tagOwners; set a policy that has it first", t)
+		}
+	}
+	k.Tags = in.Tags
+	return k, nil
+}
+
+func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
+	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("%w: key %q: want its number", errInvalid, r.PathValue("id"))
+	}
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	k, err := s.store.RevokeKey(context.WithoutCancel(r.Context()), localAdmin, id, s.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for region, rs := range s.relays.streams {
+		if rs.key == id {
+			s.endRelay(region, wire.CodeRelayKeyUnknown)
+		}
+	}
+	return s.adminKey(k), nil
+}

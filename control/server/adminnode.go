@@ -1,0 +1,96 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"mesh/control/admin"
+	"mesh/control/store"
+)
+
+// adminNodeOf describes a node. Server.mu is held.
+func (s *Server) adminNodeOf(n *node) admin.Node {
+	out := admin.Node{
+		ID: n.ID, StableID: n.StableID, Name: n.Name, FullName: n.Name + "." + s.cfg.Domain,
+		Addresses: []netip.Addr{n.IPv4, n.IPv6}, User: s.ownerName(&n.Node), Tags: n.Tags, NodeKey: n.Key,
+		Online: n.online == presenceOnline, Ephemeral: n.Ephemeral, Created: n.Created,
+		Expires: n.Expires, Expired: n.expired, Version: n.Cap, HomeRelay: n.HomeDERP, Endpoints: n.Endpoints,
+	}
+	if !out.Online {
+		out.LastSeen = n.LastSeen
+	}
+	if n.Hostinfo != nil {
+		out.OS = n.Hostinfo.OS
+	}
+	return out
+}
+
+func (s *Server) adminNodes(*http.Request) (any, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]admin.Node, 0, len(s.nodes.byID))
+	for _, n := range s.nodes.byID {
+		out = append(out, s.adminNodeOf(n))
+	}
+	slices.SortFunc(out, func(a, b admin.Node) int { return int(a.ID - b.ID) })
+	return out, nil
+}
+
+// nodeByName finds a node by name, full name, stable ID or address. Server.mu
+// is held.
+func (s *Server) nodeByName(name string) (*node, error) {
+	short := strings.TrimSuffix(strings.ToLower(strings.TrimSuffix(name, ".")), "."+s.cfg.Domain)
+	if id, ok := s.nodes.names[short]; ok {
+		return s.nodes.byID[id], nil
+	}
+	addr, _ := netip.ParseAddr(name)
+	for _, n := range s.nodes.byID {
+		if string(n.StableID) == name || addr.IsValid() && (n.IPv4 == addr || n.IPv6 == addr) {
+			return n, nil
+		}
+	}
+	return nil, fmt.Errorf("node %q: %w", clip(name), store.ErrNotFound)
+}
+
+func (s *Server) adminNode(r *http.Request) (any, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.nodeByName(r.PathValue("name"))
+	if err != nil {
+		return nil, err
+	}
+	out := s.adminNodeOf(n)
+	for _, id := range s.policy.compiled.Visible(n.ID) {
+		if p := s.nodes.byID[id]; p != nil {
+			out.Peers = append(out.Peers, p.Name)
+		}
+	}
+	slices.Sort(out.Peers)
+	return out, nil
+}
+
+func (s *Server) adminRemoveNode(r *http.Request) (any, error) {
+	return struct{}{}, s.RemoveNode(r.Context(), localAdmin, r.PathValue("name"))
+}
+
+// RemoveNode revokes the node with the given name, full name, stable ID or mesh
+// address: its peers and the relays drop it at once, its stream ends with
+// wire.CodeNodeRevoked, and its key is refused from now on. The error is
+// store.ErrNotFound if there is no such node.
+func (s *Server) RemoveNode(ctx context.Context, by, name string) error {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	n, err := s.nodeByName(name)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	id := n.ID
+	s.mu.Unlock()
+	return s.remove(ctx, by, id, true)
+}
