@@ -1,0 +1,194 @@
+package interop
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+
+	"mesh/internal/meshtest"
+)
+
+// process is a running stock program.
+type process struct {
+	t      testing.TB
+	name   string
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	log    string        // file with what it wrote to standard error
+	ended  chan struct{} // closed when standard output ended
+	exited sync.WaitGroup
+
+	mu      sync.Mutex
+	nextID  int64                        // guarded by mu
+	calls   map[int64]chan reply         // guarded by mu
+	events  map[string][]json.RawMessage // guarded by mu; all so far, by name
+	changed chan struct{}                // guarded by mu; closed at the next event
+}
+
+type reply struct {
+	ID     int64
+	Error  string
+	Result json.RawMessage
+	Event  string
+}
+
+// startStock runs the stock program until the test ends. env are additional
+// variables, "TS_DEBUG_ALWAYS_USE_DERP=1".
+func startStock(t testing.TB, name string, env []string, args ...string) *process {
+	t.Helper()
+	program := os.Getenv(stockEnv)
+	if program == "" {
+		t.Skip("no stock program: run `go test` in internal/interop/v102 or v90")
+	}
+	p := &process{
+		t: t, name: name,
+		cmd:     exec.Command(program, args...),
+		log:     filepath.Join(t.TempDir(), name+".log"),
+		ended:   make(chan struct{}),
+		calls:   make(map[int64]chan reply),
+		events:  make(map[string][]json.RawMessage),
+		changed: make(chan struct{}),
+	}
+	p.cmd.Env = append(os.Environ(), "TS_NO_LOGS_NO_SUPPORT=true", "HOME="+t.TempDir())
+	p.cmd.Env = append(p.cmd.Env, env...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	log, err := os.Create(p.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	p.cmd.Stderr = log
+	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatalf("start %s: %v", name, err)
+	}
+	p.exited.Go(func() { p.read(stdout) })
+	t.Cleanup(func() {
+		p.stop()
+		if t.Failed() {
+			t.Logf("log of %s:\n%s", name, tail(p.log, 12000))
+		}
+	})
+	return p
+}
+
+func tail(file string, n int) []byte {
+	b, _ := os.ReadFile(file)
+	return b[max(0, len(b)-n):]
+}
+
+func (p *process) read(stdout io.Reader) {
+	defer close(p.ended)
+	in := bufio.NewScanner(stdout)
+	in.Buffer(nil, 1<<24)
+	for in.Scan() {
+		var r reply
+		if json.Unmarshal(in.Bytes(), &r) != nil {
+			continue // some library's chatter
+		}
+		p.mu.Lock()
+		if r.Event != "" {
+			p.events[r.Event] = append(p.events[r.Event], r.Result)
+			close(p.changed)
+			p.changed = make(chan struct{})
+		} else if c := p.calls[r.ID]; c != nil {
+			delete(p.calls, r.ID)
+			c <- r
+		}
+		p.mu.Unlock()
+	}
+}
+
+// stop ends the process in an orderly way.
+func (p *process) stop() {
+	p.stdin.Close()
+	p.exited.Wait()
+	p.cmd.Wait()
+}
+
+// kill ends the process at once.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	p.stop()
+}
+
+// try asks the process to do something and decodes its answer into result,
+// unless that is nil.
+func (p *process) try(op string, args, result any) error {
+	ctx, cancel := context.WithTimeout(p.t.Context(), 3*meshtest.Patience)
+	defer cancel()
+	raw, err := json.Marshal(args)
+	if err != nil {
+		return err
+	}
+	answer := make(chan reply, 1)
+	p.mu.Lock()
+	p.nextID++
+	id := p.nextID
+	p.calls[id] = answer
+	line, _ := json.Marshal(map[string]any{"ID": id, "Op": op, "Args": json.RawMessage(raw)})
+	_, err = p.stdin.Write(append(line, '\n'))
+	p.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("%s: %s: %w", p.name, op, err)
+	}
+	select {
+	case r := <-answer:
+		if r.Error != "" {
+			return errors.New(r.Error)
+		}
+		if result == nil || len(r.Result) == 0 {
+			return nil
+		}
+		return json.Unmarshal(r.Result, result)
+	case <-p.ended:
+		return fmt.Errorf("%s: %s: the process ended", p.name, op)
+	case <-ctx.Done():
+		return fmt.Errorf("%s: %s: %w", p.name, op, ctx.Err())
+	}
+}
+
+// do is try, and the test fails when it does.
+func (p *process) do(op string, args, result any) {
+	p.t.Helper()
+	if err := p.try(op, args, result); err != nil {
+		p.t.Fatalf("%s: %s %v: %v", p.name, op, args, err)
+	}
+}
+
+// event waits for the n-th event of that name, counted from 1, and returns it.
+func (p *process) event(name string, n int) json.RawMessage {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.t.Context(), meshtest.Patience)
+	defer cancel()
+	for {
+		p.mu.Lock()
+		all, changed := p.events[name], p.changed
+		p.mu.Unlock()
+		if len(all) >= n {
+			return all[n-1]
+		}
+		select {
+		case <-changed:
+		case <-p.ended:
+			p.t.Fatalf("%s ended before event %s", p.name, name)
+		case <-ctx.Done():
+			p.t.Fatalf("%s: no event %s", p.name, name)
+		}
+	}
+}
