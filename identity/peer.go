@@ -36,11 +36,16 @@ type Peer struct {
 	Rule Rule
 }
 
-// Rule names a rule of the policy.
+// Rule names a rule of the policy. The zero value is an unknown rule: stock
+// control servers do not tell which of their rules a packet filter comes from.
 type Rule struct {
-	Policy int64  // version of the policy, 0 = unknown
-	Name   string // "acls[2]"; "" = unknown
-	Line   int    // 1-based line in the policy file, 0 = unknown
+	Policy int64  // version of the policy that the rest is about, 0 = unknown
+	Name   string // place in the policy file, "acls[2]"; "" = unknown
+	// ID follows what the rule says and not where it stands: it stays the same
+	// when other rules are edited, and names the rule across versions of the
+	// policy. "" = unknown.
+	ID   string
+	Line int // 1-based line in the policy file, 0 = unknown
 }
 
 // String returns a form like "acls[2] (line 14, policy 3)", or "" for the zero

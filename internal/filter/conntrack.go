@@ -34,8 +34,9 @@ const (
 	stateClosed                       // TCP: reset
 	stateWait                         // TCP: closed from both ends
 	stateOpen                         // everything without connections
-	// stateRefused remembers a UDP flow that a change of rules cut off, so that
-	// the local program's late answers do not open it again from our side.
+	// stateRefused remembers a flow that a change of rules cut off: the local
+	// program's late answers must not open it again from our side, and a peer
+	// that did not hear of it is told when it goes on.
 	stateRefused
 )
 
@@ -66,9 +67,9 @@ func (k *flowKey) addrs() (local, remote netip.AddrPort) {
 type flow struct {
 	key           flowKey
 	owner         *peerFlows
-	prev, next    *flow // neighbours in the owner's list
-	seen          int64 // unix nanoseconds of the last packet
-	rule          identity.Rule
+	prev, next    *flow           // neighbours in the owner's list
+	seen          int64           // unix nanoseconds of the last packet
+	rules         []identity.Rule // that admitted it; shared with Rules
 	state         flowState
 	inbound       bool
 	finIn, finOut bool

@@ -4,8 +4,12 @@
 // began, or to one that a rule admitted and still admits, or if a rule admits
 // it now. Unlike a stock filter this one tracks TCP: a segment of no known
 // flow is judged like a connection attempt, so that a peer without permission
-// learns nothing and reaches nothing by sending odd segments. Every admitted
-// flow is remembered with the peer and the rule that admitted it.
+// learns nothing and reaches nothing by sending odd segments.
+//
+// Every admitted flow is remembered with the peer and the rules of the policy
+// that admitted it, and belongs to them: it ends when none of them is left,
+// even where another rule would let a new flow in. Edits of other rules leave
+// it alone, see Rules.stillAllowed.
 package filter
 
 import (
@@ -43,8 +47,23 @@ func (a Action) String() string {
 // Verdict is the decision on an inbound packet.
 type Verdict struct {
 	Action Action
-	Rule   identity.Rule // what admitted the flow; zero for flows that we began and unnamed rules
-	Reason string        // for counters and logs; one of the Reason constants
+	// Withdrawn is true for a rejected packet of a flow that was admitted once:
+	// the sender missed that it was cut.
+	Withdrawn bool
+	Policy    int64           // of the rules by which a packet is rejected, 0 = unknown
+	Rules     []identity.Rule // what admitted the flow; none for flows that we began and unnamed rules
+	Reason    string          // for counters and logs; one of the Reason constants
+}
+
+// Rule returns the first of the rules that admitted the flow, zero if there are
+// none.
+func (v Verdict) Rule() identity.Rule { return firstOf(v.Rules) }
+
+func firstOf(rules []identity.Rule) identity.Rule {
+	if len(rules) == 0 {
+		return identity.Rule{}
+	}
+	return rules[0]
 }
 
 // Reasons of verdicts.
@@ -53,6 +72,7 @@ const (
 	ReasonRule      = "rule"
 	ReasonNoRule    = "no rule allows it"
 	ReasonNoRules   = "no rules yet"
+	ReasonWithdrawn = "no longer allowed"
 	ReasonNotLocal  = "destination is not this node"
 	ReasonForbidden = "destination never allowed"
 	ReasonFragment  = "fragment of an unknown datagram"
@@ -84,6 +104,8 @@ type Stats struct {
 	Flows                                      int // now in the table
 	Evicted                                    uint64
 	Accepted, Dropped, Rejected, ControlPassed uint64
+	// Held counts outbound datagrams of flows that a change of rules cut.
+	Held uint64
 }
 
 // New returns a filter that lets nothing in.
@@ -142,7 +164,7 @@ func (f *Filter) in(p *Packet, peer *identity.NodePublic, now int64) Verdict {
 			}
 			f.flows.touch(e, now)
 			f.noteFragment(p, now)
-			return Verdict{Action: Accept, Rule: e.rule, Reason: ReasonFlow}
+			return Verdict{Action: Accept, Rules: e.rules, Reason: ReasonFlow}
 		}
 	}
 	switch to := p.Dst.Addr(); {
@@ -163,22 +185,35 @@ func (f *Filter) in(p *Packet, peer *identity.NodePublic, now int64) Verdict {
 	case ProtoICMP, ProtoICMPv6:
 		return f.inICMP(p, peer, now)
 	}
-	rule, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), p.Dst.Port(), *peer})
-	if !ok {
-		if p.isSYN() || p.Proto == ProtoUDP {
-			return Verdict{Action: Reject, Reason: ReasonNoRule}
-		}
+	refused := e != nil && e.state == stateRefused
+	if refused && p.Proto == ProtoTCP && !p.isSYN() {
+		// Whatever the rules say of a new connection, this one is over.
+		f.flows.touch(e, now)
+		return f.withdrawn()
+	}
+	rules, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), p.Dst.Port(), *peer})
+	switch {
+	case ok:
+	case refused && p.Proto == ProtoUDP:
+		return f.withdrawn()
+	case p.isSYN(), p.Proto == ProtoUDP:
+		return Verdict{Action: Reject, Policy: f.rules.version, Reason: ReasonNoRule}
+	default:
 		return Verdict{Reason: ReasonNoRule}
 	}
 	if tracked {
-		f.admit(p, peer, key, e, rule, now)
+		f.admit(p, peer, key, e, rules, now)
 	}
 	f.noteFragment(p, now)
-	return Verdict{Action: Accept, Rule: rule, Reason: ReasonRule}
+	return Verdict{Action: Accept, Rules: rules, Reason: ReasonRule}
+}
+
+func (f *Filter) withdrawn() Verdict {
+	return Verdict{Action: Reject, Withdrawn: true, Policy: f.rules.version, Reason: ReasonWithdrawn}
 }
 
 // admit notes a flow that a rule let in; e is what the table holds for it.
-func (f *Filter) admit(p *Packet, peer *identity.NodePublic, key flowKey, e *flow, rule identity.Rule, now int64) {
+func (f *Filter) admit(p *Packet, peer *identity.NodePublic, key flowKey, e *flow, rules []identity.Rule, now int64) {
 	if e != nil && e.state != stateRefused {
 		// A connection attempt within a known flow: repeated, or a fresh one
 		// after the last was closed. Only the latter begins anew.
@@ -191,18 +226,18 @@ func (f *Filter) admit(p *Packet, peer *identity.NodePublic, key flowKey, e *flo
 	if p.Proto == ProtoTCP {
 		state = stateHalf
 	}
-	f.flows.add(key, *peer, true, state, now).rule = rule
+	f.flows.add(key, *peer, true, state, now).rules = rules
 }
 
 func (f *Filter) inICMP(p *Packet, peer *identity.NodePublic, now int64) Verdict {
 	switch {
 	case p.isEchoRequest():
-		rule, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), 0, *peer})
+		rules, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), 0, *peer})
 		if !ok {
 			return Verdict{Reason: ReasonNoRule}
 		}
 		f.noteFragment(p, now)
-		return Verdict{Action: Accept, Rule: rule, Reason: ReasonRule}
+		return Verdict{Action: Accept, Rules: rules, Reason: ReasonRule}
 	case p.isEchoReply():
 		key := echoKey(p.Proto, p.Dst, p.Src, p.ICMPID)
 		if e := f.flows.peek(&key, peer, now); e != nil {
@@ -221,7 +256,7 @@ func (f *Filter) inICMP(p *Packet, peer *identity.NodePublic, now int64) Verdict
 			key = echoKey(q.Proto, q.Src, q.Dst, q.ICMPID)
 		}
 		if e := f.flows.peek(&key, peer, now); e != nil && e.state != stateRefused {
-			return Verdict{Action: Accept, Rule: e.rule, Reason: ReasonFlow}
+			return Verdict{Action: Accept, Rules: e.rules, Reason: ReasonFlow}
 		}
 	}
 	return Verdict{Reason: ReasonICMP}
@@ -232,9 +267,10 @@ func echoKey(proto uint8, local, remote netip.AddrPort, id uint16) flowKey {
 }
 
 // Out notes a packet that the network stack sends to a peer, so that replies
-// get in, and reports whether it may leave. Only what nobody may send is held
-// back: multicast, link-local and unroutable destinations, and messages that
-// only the engine may send.
+// get in, and reports whether it may leave. Held back are what nobody may send
+// (multicast, link-local and unroutable destinations, messages that only the
+// engine may send) and the datagrams of a flow that a change of rules cut, as
+// long as the local program goes on sending them.
 func (f *Filter) Out(p *Packet, peer identity.NodePublic) bool {
 	if p.Proto == ProtoTSMP || forbidden(p.Dst.Addr()) {
 		return false
@@ -253,51 +289,57 @@ func (f *Filter) Out(p *Packet, peer identity.NodePublic) bool {
 	}
 	now := f.now().UnixNano()
 	f.mu.Lock()
-	f.out(p, &peer, now)
+	leave := f.out(p, &peer, now)
+	if !leave {
+		f.counts.Held++
+	}
 	f.mu.Unlock()
-	return true
+	return leave
 }
 
-func (f *Filter) out(p *Packet, peer *identity.NodePublic, now int64) {
+func (f *Filter) out(p *Packet, peer *identity.NodePublic, now int64) (leave bool) {
 	key := keyOf(p.Proto, p.Src, p.Dst)
 	if p.Proto == ProtoICMP || p.Proto == ProtoICMPv6 {
 		key = echoKey(p.Proto, p.Src, p.Dst, p.ICMPID)
 	}
 	e := f.flows.find(&key, peer, now)
 	if p.Proto == ProtoTCP {
-		if e != nil && !(p.isSYN() && (e.inbound || e.state != stateHalf)) {
+		if e != nil && e.state != stateRefused && !(p.isSYN() && (e.inbound || e.state != stateHalf)) {
 			e.tcp(p.Flags, false)
 			f.flows.touch(e, now)
-			return
+			return true
 		}
 		// Nothing but a connection attempt opens the way for replies: data of
-		// a connection that a change of rules cut must not.
+		// a connection that a change of rules cut must not. The reset of that
+		// must leave.
 		if !p.isSYN() {
-			return
+			return true
 		}
 	} else if e != nil {
 		f.flows.touch(e, now) // a refused one stays refused
-		return
+		return e.state != stateRefused
 	}
 	if f.rules == nil || !f.rules.isLocal(p.Src.Addr()) {
-		return
+		return true
 	}
 	state := stateOpen
 	if p.Proto == ProtoTCP {
 		state = stateHalf
 	}
 	f.flows.add(key, *peer, false, state, now)
+	return true
 }
 
 // Swap puts new rules in force; nil blocks everything. It returns the flows
-// that peers began and that the new rules do not allow, and all flows of
-// addresses that are no longer local: they are forgotten, so the caller is to
-// cut their connections. Packets judged after Swap returns see only the new
-// rules.
+// that peers began and that the new rules do not allow, or no longer by a rule
+// that they belong to, and all flows of addresses that are no longer local: the
+// caller is to cut their connections. Packets judged after Swap returns see
+// only the new rules.
 func (f *Filter) Swap(r *Rules) (refused []Flow) {
 	now := f.now().UnixNano()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	old := f.rules
 	f.rules = r
 	f.frags = fragTable{}
 	f.flows.sweep(now)
@@ -306,18 +348,20 @@ func (f *Filter) Swap(r *Rules) (refused []Flow) {
 		if e.state == stateRefused {
 			continue
 		}
-		if r != nil && r.isLocal(local.Addr()) {
+		isLocal := r == nil || r.isLocal(local.Addr())
+		if r != nil && isLocal {
 			if !e.inbound {
 				continue
 			}
-			if rule, ok := r.match(query{e.key.proto, remote.Addr(), local.Addr(), local.Port(), e.owner.peer}); ok {
-				e.rule = rule
+			q := query{e.key.proto, remote.Addr(), local.Addr(), local.Port(), e.owner.peer}
+			if rules, ok := r.stillAllowed(q, e.rules, old); ok {
+				e.rules = rules
 				continue
 			}
 		}
 		refused = append(refused, e.public())
-		if e.inbound && e.key.proto != ProtoTCP {
-			e.state, e.seen, e.rule = stateRefused, now, identity.Rule{}
+		if e.inbound && isLocal {
+			e.state, e.seen, e.rules = stateRefused, now, nil
 		} else {
 			f.flows.remove(e)
 		}
@@ -325,8 +369,9 @@ func (f *Filter) Swap(r *Rules) (refused []Flow) {
 	return refused
 }
 
-// Origin tells which peer and which rule admitted an inbound flow. Only Proto,
-// Local and Remote of the question count.
+// Origin tells which peer began an inbound flow and which rule admitted it, the
+// first where there are several. Only Proto, Local and Remote of the question
+// count.
 func (f *Filter) Origin(q Flow) (peer identity.NodePublic, rule identity.Rule, ok bool) {
 	key := keyOf(q.Proto, q.Local, q.Remote)
 	f.mu.Lock()
@@ -335,7 +380,7 @@ func (f *Filter) Origin(q Flow) (peer identity.NodePublic, rule identity.Rule, o
 	if e == nil || !e.inbound || e.state == stateRefused {
 		return identity.NodePublic{}, identity.Rule{}, false
 	}
-	return e.owner.peer, e.rule, true
+	return e.owner.peer, firstOf(e.rules), true
 }
 
 // Forget removes all flows of a peer, which has gone or lost its address, and

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"mesh/control/wire"
@@ -25,6 +26,7 @@ type Rules struct {
 	hasAll6 bool
 
 	rules   []rule
+	ids     map[string]bool    // IDs of all rules of the policy in here
 	sources prefixTable        // source address → rules
 	caps    map[string][]int32 // capability of the peer → rules
 	skipped []string
@@ -50,7 +52,7 @@ type rule struct {
 type dst struct {
 	addrs       []iprange.Range // one, or one per family for "*"
 	first, last uint16
-	origin      identity.Rule
+	origins     []identity.Rule // the rules of the policy behind it; none = unknown
 }
 
 func (r *rule) hasProto(n uint8) bool { return r.protos[n>>6]>>(n&63)&1 != 0 }
@@ -98,6 +100,7 @@ func Compile(rules []wire.FilterRule, policyVersion int64, local []netip.Prefix)
 func (r *Rules) addRule(i int, w wire.FilterRule, local []iprange.Range) {
 	var c rule
 	for j, d := range w.DstPorts {
+		origins := r.origins(w, j)
 		addrs, err := iprange.Parse(d.IP)
 		if err != nil {
 			r.skip("rule %d, destination %d: %v", i, j, err)
@@ -111,12 +114,7 @@ func (r *Rules) addRule(i int, w wire.FilterRule, local []iprange.Range) {
 		if !overlapsAny(addrs, local) {
 			continue
 		}
-		e := dst{addrs: addrs, first: d.Ports.First, last: d.Ports.Last}
-		if j < len(w.MeshOrigins) && len(w.MeshOrigins[j]) > 0 {
-			o := w.MeshOrigins[j][0]
-			e.origin = identity.Rule{Policy: r.version, Name: o.Rule, Line: o.Line}
-		}
-		c.dsts = append(c.dsts, e)
+		c.dsts = append(c.dsts, dst{addrs, d.Ports.First, d.Ports.Last, origins})
 	}
 	protos := w.IPProto
 	if len(protos) == 0 {
@@ -165,6 +163,30 @@ func (r *Rules) addRule(i int, w wire.FilterRule, local []iprange.Range) {
 	if used {
 		r.rules = append(r.rules, c)
 	}
+}
+
+// maxOrigins bounds the rules of the policy that one destination is said to
+// come from.
+const maxOrigins = 256
+
+// origins reads where destination j of a rule comes from.
+func (r *Rules) origins(w wire.FilterRule, j int) []identity.Rule {
+	if j >= len(w.MeshOrigins) {
+		return nil
+	}
+	from := w.MeshOrigins[j]
+	from = from[:min(len(from), maxOrigins)]
+	var out []identity.Rule
+	for _, o := range from {
+		out = append(out, identity.Rule{Policy: r.version, Name: o.Rule, ID: o.ID, Line: o.Line})
+		if o.ID != "" {
+			if r.ids == nil {
+				r.ids = make(map[string]bool)
+			}
+			r.ids[o.ID] = true
+		}
+	}
+	return out
 }
 
 func overlapsAny(a, b []iprange.Range) bool {
@@ -226,11 +248,12 @@ type query struct {
 	peer          identity.NodePublic
 }
 
-// match returns the first rule, in the order of the wire, that lets the query
-// in. The local address must have been checked.
-func (r *Rules) match(q query) (identity.Rule, bool) {
+// match tells whether the rules let the query in, and the origins of the first
+// rule, in the order of the wire, that does. The local address must have been
+// checked.
+func (r *Rules) match(q query) (origins []identity.Rule, ok bool) {
 	if len(r.rules) == 0 || r.peers.Jailed[q.peer] {
-		return identity.Rule{}, false
+		return nil, false
 	}
 	best, bestDst := int32(len(r.rules)), -1
 	try := func(list []int32) {
@@ -238,7 +261,7 @@ func (r *Rules) match(q query) (identity.Rule, bool) {
 			if i >= best {
 				return
 			}
-			if d := r.rules[i].find(q); d >= 0 {
+			if d := r.rules[i].find(q, 0); d >= 0 {
 				best, bestDst = i, d
 				return
 			}
@@ -255,18 +278,81 @@ func (r *Rules) match(q query) (identity.Rule, bool) {
 		}
 	}
 	if bestDst < 0 {
-		return identity.Rule{}, false
+		return nil, false
 	}
-	return r.rules[best].dsts[bestDst].origin, true
+	return r.rules[best].dsts[bestDst].origins, true
 }
 
-// find returns the first destination of the rule that covers q, or -1.
-func (c *rule) find(q query) int {
+// stillAllowed tells whether a flow that old admitted by the rules of was goes
+// on: one of them is in force and still lets it in. It returns those that do,
+// as they are called now. A flow whose rules are not known, then or now, goes
+// on if any rule lets it in.
+func (r *Rules) stillAllowed(q query, was []identity.Rule, old *Rules) (origins []identity.Rule, ok bool) {
+	first, ok := r.match(q)
+	if !ok || len(was) == 0 || len(first) == 0 {
+		return first, ok
+	}
+	var kept []identity.Rule
+	keep := func(list []identity.Rule) {
+		for _, o := range list {
+			if slices.ContainsFunc(was, func(w identity.Rule) bool { return r.continues(w, o, old) }) && !slices.Contains(kept, o) {
+				kept = append(kept, o)
+			}
+		}
+	}
+	keep(first)
+	if len(kept) == len(was) {
+		if len(kept) == len(first) {
+			return first, true // shared, where nothing differs
+		}
+		return kept, true
+	}
+	// The first rule that matches is another one, or does not name all.
+	unnamed := false
+	try := func(list []int32) {
+		for _, i := range list {
+			for d := r.rules[i].find(q, 0); d >= 0; d = r.rules[i].find(q, d+1) {
+				o := r.rules[i].dsts[d].origins
+				unnamed = unnamed || len(o) == 0
+				keep(o)
+			}
+		}
+	}
+	for _, bits := range r.sources.lens(q.remote) {
+		try(r.sources.at(q.remote, bits))
+	}
+	for name, list := range r.caps {
+		if r.peers.Caps[name][q.peer] {
+			try(list)
+		}
+	}
+	if len(kept) == 0 && unnamed {
+		return nil, true
+	}
+	return kept, len(kept) > 0
+}
+
+// continues reports whether the rule is of r is the rule was of old: what it
+// says is the same, or it was edited where it stands. Rules without an ID may be
+// any.
+func (r *Rules) continues(was, is identity.Rule, old *Rules) bool {
+	switch {
+	case was.ID == "" || is.ID == "":
+		return true
+	case was.ID == is.ID:
+		return true
+	}
+	return was.Name == is.Name && was.Name != "" && old != nil && !old.ids[is.ID] && !r.ids[was.ID]
+}
+
+// find returns the first destination of the rule, from number i on, that covers
+// q, or -1.
+func (c *rule) find(q query, i int) int {
 	icmp := q.proto == ProtoICMP || q.proto == ProtoICMPv6
 	if !icmp && !c.hasProto(q.proto) {
 		return -1
 	}
-	for i := range c.dsts {
+	for ; i < len(c.dsts); i++ {
 		d := &c.dsts[i]
 		switch q.proto {
 		case ProtoICMP, ProtoICMPv6: // address alone decides, as everywhere on the mesh

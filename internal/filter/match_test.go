@@ -233,21 +233,24 @@ func TestDefaultRoute(t *testing.T) {
 
 func TestOrigin(t *testing.T) {
 	r := allow("*", "100.64.0.1 fd7a::1", 22, 22)
-	r.MeshOrigins = [][]wire.RuleOrigin{{{Rule: "acls[3]", Line: 14}, {Rule: "acls[4]"}}, {}}
+	r.MeshOrigins = [][]wire.RuleOrigin{{{Rule: "acls[3]", ID: "x3", Line: 14}, {Rule: "acls[4]"}}, {}}
 	late := allow("100.64.0.2", "100.64.0.1", 0, 65535)
 	late.MeshOrigins = [][]wire.RuleOrigin{{{Rule: "acls[9]"}}}
 	f := newFilter(t, r, late)
 	m := mk{proto: ProtoTCP, src: "100.64.0.2:4000", dst: "100.64.0.1:22", flags: TCPSyn}
-	want := identity.Rule{Policy: 7, Name: "acls[3]", Line: 14}
-	if v := f.In(m.packet(t), alice); v.Rule != want {
-		t.Errorf("the first rule counts: got %v", v.Rule)
+	want := identity.Rule{Policy: 7, Name: "acls[3]", ID: "x3", Line: 14}
+	if v := f.In(m.packet(t), alice); v.Rule() != want {
+		t.Errorf("the first rule counts: got %v", v.Rule())
+	}
+	if v := f.In(m.packet(t), alice); len(v.Rules) != 2 || v.Rules[1].Name != "acls[4]" {
+		t.Errorf("all rules of the entry count: %v", v.Rules)
 	}
 	peer, rule, ok := f.Origin(Flow{Proto: ProtoTCP, Local: ap("100.64.0.1:22"), Remote: ap("100.64.0.2:4000")})
 	if peer != alice || rule != want || !ok {
 		t.Errorf("origin: %v, %v, %v", peer.Short(), rule, ok)
 	}
 	m = mk{proto: ProtoTCP, src: "[fd7a::2]:4000", dst: "[fd7a::1]:22", flags: TCPSyn}
-	if v := f.In(m.packet(t), alice); v.Action != Accept || v.Rule != (identity.Rule{}) {
+	if v := f.In(m.packet(t), alice); v.Action != Accept || v.Rule() != (identity.Rule{}) {
 		t.Errorf("unnamed rule: %v", v)
 	}
 }
@@ -415,7 +418,7 @@ func TestRulesEqualNaive(t *testing.T) {
 			want := naive(rules, q)
 			got, ok := c.match(q)
 			total++
-			if ok != (want >= 0) || ok && got.Name != fmt.Sprint(want) {
+			if ok != (want >= 0) || ok && got[0].Name != fmt.Sprint(want) {
 				text, _ := json.Marshal(rules)
 				t.Fatalf("seed %d: %+v: got %v %v, want rule %d of %s", seed, q, got, ok, want, text)
 			}
