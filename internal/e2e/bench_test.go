@@ -173,8 +173,8 @@ func BenchmarkIdleNode(b *testing.B) {
 			n.Close()
 		}
 		runtime.GC()
-		w.relay.stop()
-		w.control.stop()
+		w.relay.Stop()
+		w.control.Stop()
 	}
 	b.ReportMetric(0, "ns/op")
 }

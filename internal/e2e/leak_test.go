@@ -13,6 +13,7 @@ import (
 	"mesh"
 	"mesh/control/admin"
 	"mesh/identity"
+	"mesh/internal/actor"
 	"mesh/internal/meshtest"
 )
 
@@ -45,7 +46,7 @@ func TestStartCloseCycles_G82(t *testing.T) {
 	}
 	w := startWorld(t, openPolicy)
 	peer := w.node("peer", false, true)
-	peer.must("serve", 7, nil)
+	peer.Must("serve", 7, nil)
 	key := w.key(admin.KeyCreate{Tags: []string{"tag:a"}, Reusable: true, Ephemeral: true})
 	before := goleak.IgnoreCurrent()
 	cycle := func(i int) {
@@ -71,11 +72,11 @@ func TestStartCloseCycles_G82(t *testing.T) {
 		if i%2 == 1 {
 			defer pc.Close()
 		}
-		c, err := (&agent{node: n, ctx: ctx}).open("peer:7")
+		c, err := actor.Open(ctx, n, "peer:7")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := round(c, uint64(i), 10000); err != nil {
+		if err := actor.Round(c, uint64(i), 10000); err != nil {
 			t.Fatal(err)
 		}
 		if i%2 == 1 {
@@ -113,9 +114,9 @@ func TestStartCloseCycles_G82(t *testing.T) {
 	if end.heap > heap {
 		t.Errorf("the heap has grown from %d KB to %d KB", base.heap>>10, end.heap>>10)
 	}
-	peer.stop()
-	w.relay.stop()
-	w.control.stop()
+	peer.Stop()
+	w.relay.Stop()
+	w.control.Stop()
 }
 
 // What never comes up leaves nothing either.

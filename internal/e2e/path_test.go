@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"mesh"
+	"mesh/internal/actor"
 	"mesh/internal/meshtest"
 )
 
@@ -75,7 +76,7 @@ func sendUntil(c net.Conn, seed byte, stop <-chan struct{}) ([]byte, error) {
 
 func receiveAll(c net.Conn, count *atomic.Int64) ([]byte, error) {
 	h := sha256.New()
-	if _, err := io.Copy(h, struct{ io.Reader }{counted{c, count}}); err != nil {
+	if _, err := io.Copy(h, struct{ io.Reader }{actor.Counted{Conn: c, N: count}}); err != nil {
 		return nil, fmt.Errorf("receive: %w", err)
 	}
 	return h.Sum(nil), nil

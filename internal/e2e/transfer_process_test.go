@@ -10,6 +10,7 @@ import (
 
 	"mesh"
 	"mesh/control/admin"
+	"mesh/internal/actor"
 	"mesh/internal/meshtest"
 )
 
@@ -18,9 +19,9 @@ type world struct {
 	t       testing.TB
 	dir     string
 	config  struct{ DataDir, Listen, Policy string }
-	ready   controlReady
-	control *process
-	relay   *process
+	ready   actor.ControlReady
+	control *actor.Process
+	relay   *actor.Process
 	admin   *admin.Client
 }
 
@@ -36,7 +37,7 @@ func startWorld(t testing.TB, policy string) *world {
 	w.startControl()
 	w.config.Policy = "" // it is stored now, and may be changed
 	key := w.key(admin.KeyCreate{Relay: true})
-	w.relay = startProcess(t, "relay", "relay", struct{ DataDir, ControlURL, RelayKey string }{
+	w.relay = actor.Start(t, "relay", "relay", struct{ DataDir, ControlURL, RelayKey string }{
 		filepath.Join(w.dir, "relay"), w.ready.URL, key,
 	}, nil)
 	return w
@@ -45,7 +46,7 @@ func startWorld(t testing.TB, policy string) *world {
 // startControl starts the control server, again where it was if it was before.
 func (w *world) startControl() {
 	w.t.Helper()
-	w.control = startProcess(w.t, "control", "control", w.config, &w.ready)
+	w.control = actor.Start(w.t, "control", "control", w.config, &w.ready)
 	w.config.Listen = w.ready.Addr
 	w.admin = admin.NewClient(w.ready.Socket)
 }
@@ -61,32 +62,32 @@ func (w *world) key(k admin.KeyCreate) string {
 
 // node starts a node process with a state directory of its name; with enrol it
 // has an auth key, else it must be there already.
-func (w *world) node(name string, relayOnly, enrol bool) *process {
+func (w *world) node(name string, relayOnly, enrol bool) *actor.Process {
 	w.t.Helper()
-	c := nodeConfig{Hostname: name, ControlURL: w.ready.URL, Dir: filepath.Join(w.dir, name), RelayOnly: relayOnly}
+	c := actor.NodeConfig{Hostname: name, ControlURL: w.ready.URL, Dir: filepath.Join(w.dir, name), RelayOnly: relayOnly}
 	if enrol {
 		c.AuthKey = w.key(admin.KeyCreate{Tags: []string{"tag:a"}})
 	}
-	return startProcess(w.t, "node", name, c, nil)
+	return actor.Start(w.t, "node", name, c, nil)
 }
 
 // awaitPath makes calls until they take the path.
-func (w *world) awaitPath(from *process, to string, path string) {
+func (w *world) awaitPath(from *actor.Process, to string, path string) {
 	w.t.Helper()
-	meshtest.Until(w.t, from.name+"'s path to "+to+" to be "+path, func() bool {
-		from.must("get", to+":7", nil)
+	meshtest.Until(w.t, from.Name()+"'s path to "+to+" to be "+path, func() bool {
+		from.Must("get", to+":7", nil)
 		return pathIn(from, to) == path
 	})
 }
 
-func status(p *process) (st mesh.Status) {
-	p.t.Helper()
-	p.must("status", nil, &st)
+func status(p *actor.Process) (st mesh.Status) {
+	p.T().Helper()
+	p.Must("status", nil, &st)
 	return st
 }
 
-func pathIn(from *process, to string) string {
-	from.t.Helper()
+func pathIn(from *actor.Process, to string) string {
+	from.T().Helper()
 	for _, p := range status(from).Peers {
 		if p.ShortName() == to {
 			return p.Path
@@ -95,9 +96,9 @@ func pathIn(from *process, to string) string {
 	return "unknown peer"
 }
 
-func count(p *process, what string) (n int64) {
-	p.t.Helper()
-	p.must(what, nil, &n)
+func count(p *actor.Process, what string) (n int64) {
+	p.T().Helper()
+	p.Must(what, nil, &n)
 	return n
 }
 
@@ -120,32 +121,32 @@ func TestProcessTransfer(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := startWorld(t, openPolicy)
 			a, b := w.node("a", test.relayOnly, true), w.node("b", test.relayOnly, true)
-			b.must("serve", 7, nil)
+			b.Must("serve", 7, nil)
 			w.awaitPath(a, "b", test.name)
-			b.must("listen", 5432, nil)
+			b.Must("listen", 5432, nil)
 
 			// As long as it takes, if it goes on.
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			type end struct {
-				exchangeResult
+				actor.Transferred
 				err error
 			}
-			run := func(p *process, args exchangeArgs) chan end {
+			run := func(p *actor.Process, args actor.Transfer) chan end {
 				ch := make(chan end, 1)
 				go func() {
 					var e end
-					e.err = p.call(ctx, "exchange", args, &e.exchangeResult)
+					e.err = p.Call(ctx, "exchange", args, &e.Transferred)
 					ch <- e
 				}()
 				return ch
 			}
-			atB := run(b, exchangeArgs{Port: 5432, Size: size, Seed: 1})
-			atA := run(a, exchangeArgs{Addr: "b:5432", Size: size, Seed: 2})
+			atB := run(b, actor.Transfer{Port: 5432, Size: size, Seed: 1})
+			atA := run(a, actor.Transfer{Addr: "b:5432", Size: size, Seed: 2})
 			meshtest.Until(t, "the transfer to be under way", func() bool {
 				return count(a, "received") > size/16 && count(b, "received") > size/16
 			})
-			w.control.kill()
+			w.control.Kill()
 			if got := count(a, "received") + count(b, "received"); got >= 2*size {
 				t.Fatal("the transfer was over before the control server was killed")
 			} else {
@@ -164,10 +165,10 @@ func TestProcessTransfer(t *testing.T) {
 			}
 			// What the outage takes nothing from: a new connection, by relay too.
 			meshtest.Until(t, "the outage to show", func() bool { return status(a).Control != "" })
-			a.must("get", "b:7", nil)
-			a.stop()
-			b.stop()
-			w.relay.stop()
+			a.Must("get", "b:7", nil)
+			a.Stop()
+			b.Stop()
+			w.relay.Stop()
 		})
 	}
 }
@@ -182,22 +183,22 @@ func TestControlOutageInRealTime(t *testing.T) {
 	}
 	w := startWorld(t, openPolicy)
 	a, b, c := w.node("a", false, true), w.node("b", false, true), w.node("c", true, true)
-	all := []*process{a, b, c}
+	all := []*actor.Process{a, b, c}
 	for _, p := range all {
-		p.must("serve", 7, nil)
+		p.Must("serve", 7, nil)
 	}
 	w.awaitPath(a, "b", "direct")
 	w.awaitPath(c, "b", "relay")
-	a.must("flow", "b:7", nil)
-	c.must("flow", "b:7", nil)
+	a.Must("flow", "b:7", nil)
+	c.Must("flow", "b:7", nil)
 
-	w.control.kill()
+	w.control.Kill()
 	over := time.After(length)
 	meshtest.Until(t, "the outage to show", func() bool { return status(a).Control != "" && status(b).Control != "" })
 	for waiting := true; waiting; {
 		fa, fc := count(a, "rounds"), count(c, "rounds")
 		for _, p := range [][2]string{{"a", "b"}, {"b", "c"}, {"c", "a"}} {
-			all[p[0][0]-'a'].must("get", p[1]+":7", nil)
+			all[p[0][0]-'a'].Must("get", p[1]+":7", nil)
 		}
 		meshtest.Until(t, "the open connections to go on", func() bool { return count(a, "rounds") > fa && count(c, "rounds") > fc })
 		select {
@@ -206,28 +207,28 @@ func TestControlOutageInRealTime(t *testing.T) {
 		case <-time.After(length / 50):
 		}
 	}
-	c.must("endflow", nil, nil)
-	c.stop()
+	c.Must("endflow", nil, nil)
+	c.Stop()
 	c = w.node("c", true, false)
-	c.must("serve", 7, nil)
+	c.Must("serve", 7, nil)
 	if st := status(c); len(st.Peers) != 2 || st.Control == "" {
 		t.Errorf("after a start without control: %+v", st)
 	}
-	c.must("get", "a:7", nil)
-	c.must("get", "b:7", nil)
-	a.must("get", "c:7", nil)
-	b.must("get", "c:7", nil)
+	c.Must("get", "a:7", nil)
+	c.Must("get", "b:7", nil)
+	a.Must("get", "c:7", nil)
+	b.Must("get", "c:7", nil)
 
 	w.startControl()
 	back := time.Now()
 	d := w.node("d", false, true)
-	d.must("serve", 7, nil)
+	d.Must("serve", 7, nil)
 	// Each hears of the new node when it has found the server again.
-	for _, p := range [][2]*process{{d, c}, {a, d}, {b, d}} {
-		meshtest.Until(t, p[0].name+" to reach "+p[1].name, func() bool {
+	for _, p := range [][2]*actor.Process{{d, c}, {a, d}, {b, d}} {
+		meshtest.Until(t, p[0].Name()+" to reach "+p[1].Name(), func() bool {
 			ctx, cancel := context.WithTimeout(t.Context(), meshtest.Patience)
 			defer cancel()
-			return p[0].call(ctx, "get", p[1].name+":7", nil) == nil
+			return p[0].Call(ctx, "get", p[1].Name()+":7", nil) == nil
 		})
 	}
 	t.Logf("a new node joined and was reached %v after the control server was back", time.Since(back))
@@ -240,7 +241,7 @@ func TestControlOutageInRealTime(t *testing.T) {
 	}
 	changed := time.Now()
 	meshtest.Until(t, "the new policy to be in force", func() bool {
-		for _, n := range []*process{a, b, c, d} {
+		for _, n := range []*actor.Process{a, b, c, d} {
 			if st := status(n); st.PolicyVersion != p.Version || st.Control != "" {
 				return false
 			}
@@ -248,16 +249,16 @@ func TestControlOutageInRealTime(t *testing.T) {
 		return true
 	})
 	t.Logf("a new policy was in force everywhere after %v", time.Since(changed))
-	a.must("get", "b:7", nil)
+	a.Must("get", "b:7", nil)
 	ctx, cancel := context.WithTimeout(t.Context(), meshtest.Patience)
 	defer cancel()
-	if err := a.call(ctx, "get", "b:8", nil); err == nil || !strings.Contains(err.Error(), "refused tcp port 8: not allowed by policy") {
+	if err := a.Call(ctx, "get", "b:8", nil); err == nil || !strings.Contains(err.Error(), "refused tcp port 8: not allowed by policy") {
 		t.Errorf("what the new policy does not allow: %v", err)
 	}
-	a.must("endflow", nil, nil) // the connection of before the outage
-	for _, n := range []*process{a, b, c, d} {
-		n.stop()
+	a.Must("endflow", nil, nil) // the connection of before the outage
+	for _, n := range []*actor.Process{a, b, c, d} {
+		n.Stop()
 	}
-	w.relay.stop()
-	w.control.stop()
+	w.relay.Stop()
+	w.control.Stop()
 }

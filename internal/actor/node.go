@@ -1,8 +1,9 @@
-package e2e
+package actor
 
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,64 +18,25 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"mesh"
-	"mesh/control/host"
-	"mesh/internal/meshtest"
 )
 
-// controlReady is what a control server process says when it runs.
-type controlReady struct{ URL, Addr, Socket string }
-
-func playControl(config json.RawMessage) (*part, error) {
-	var c struct{ DataDir, Listen, Policy string }
-	if err := json.Unmarshal(config, &c); err != nil {
-		return nil, err
-	}
-	h, err := host.Start(host.Config{DataDir: c.DataDir, Listen: c.Listen, PolicyFile: c.Policy, NoRelay: true})
-	if err != nil {
-		return nil, err
-	}
-	return &part{ready: controlReady{h.URL(), h.Addr(), h.Socket()}, close: h.Close}, nil
-}
-
-func playRelay(config json.RawMessage) (*part, error) {
-	var c struct{ DataDir, ControlURL, RelayKey string }
-	if err := json.Unmarshal(config, &c); err != nil {
-		return nil, err
-	}
-	r, err := host.StartRelay(host.RelayConfig{
-		DataDir: c.DataDir, Listen: "127.0.0.1:0", STUN: "127.0.0.1:0",
-		ControlURL: c.ControlURL, RelayKey: c.RelayKey,
-	})
-	if err != nil {
-		return nil, err
-	}
-	select {
-	case <-r.Announced():
-	case err := <-r.Failed():
-		return nil, errors.Join(err, r.Close())
-	case <-time.After(meshtest.Patience):
-		return nil, errors.Join(errors.New("not announced"), r.Close())
-	}
-	return &part{ready: struct{ Region int }{r.Region()}, close: r.Close}, nil
-}
-
-// nodeConfig is what a node process is told.
-type nodeConfig struct {
+// NodeConfig is what a node process is told.
+type NodeConfig struct {
 	Hostname, ControlURL, AuthKey, Dir string
 	RelayOnly                          bool
 }
 
-// exchangeArgs tells one end of a transfer what to do: dial Addr, or accept the
+// Transfer tells one end of a transfer what to do: dial Addr, or accept the
 // next connection of the listener on Port.
-type exchangeArgs struct {
+type Transfer struct {
 	Addr string
 	Port int
 	Size int64
 	Seed uint64
 }
 
-// exchangeResult is what one end of a transfer saw.
-type exchangeResult struct {
+// Transferred is what one end of a transfer saw.
+type Transferred struct {
 	Sent, Received string // SHA-256
 	Seconds        float64
 }
@@ -99,7 +61,7 @@ type flow struct {
 }
 
 func playNode(config json.RawMessage) (*part, error) {
-	var c nodeConfig
+	var c NodeConfig
 	if err := json.Unmarshal(config, &c); err != nil {
 		return nil, err
 	}
@@ -110,7 +72,7 @@ func playNode(config json.RawMessage) (*part, error) {
 		listeners: map[int]net.Listener{},
 	}
 	begin := time.Now()
-	up, stop := context.WithTimeout(ctx, meshtest.Patience)
+	up, stop := context.WithTimeout(ctx, Patience)
 	defer stop()
 	if _, err := a.node.Up(up); err != nil {
 		cancel()
@@ -184,15 +146,18 @@ func (a *agent) serve(port int) (any, error) {
 	return nil, nil
 }
 
-// open dials what serve serves and checks its greeting.
-func (a *agent) open(addr string) (net.Conn, error) {
-	c, err := a.node.Dial(a.ctx, "tcp", addr)
+func (a *agent) open(addr string) (net.Conn, error) { return Open(a.ctx, a.node, addr) }
+
+// Open dials a node process that was told to "serve" there, and checks its
+// greeting.
+func Open(ctx context.Context, n *mesh.Node, addr string) (net.Conn, error) {
+	c, err := n.Dial(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
-	want := a.node.Status().Self.Name + "\n"
+	want := n.Status().Self.Name + "\n"
 	got := make([]byte, len(want))
-	c.SetReadDeadline(time.Now().Add(meshtest.Patience))
+	c.SetReadDeadline(time.Now().Add(Patience))
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
 		c.Close()
 		return nil, fmt.Errorf("greeting %q, %w", got, err)
@@ -206,11 +171,11 @@ func (a *agent) get(addr string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return nil, errors.Join(round(c, rand.Uint64(), 1000), c.Close())
+	return nil, errors.Join(Round(c, rand.Uint64(), 1000), c.Close())
 }
 
-// round sends random bytes to somebody who sends them back.
-func round(c net.Conn, seed uint64, size int) error {
+// Round sends random bytes to somebody who sends them back.
+func Round(c net.Conn, seed uint64, size int) error {
 	out := make([]byte, size)
 	rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)}).Read(out)
 	var g errgroup.Group
@@ -237,7 +202,7 @@ func (a *agent) startFlow(addr string) (any, error) {
 		tick := time.NewTicker(20 * time.Millisecond)
 		defer tick.Stop()
 		for seed := uint64(0); ; seed++ {
-			if err := round(c, seed, 16<<10); err != nil {
+			if err := Round(c, seed, 16<<10); err != nil {
 				f.err <- fmt.Errorf("round %d: %w", seed, err)
 				return
 			}
@@ -264,19 +229,20 @@ func (a *agent) endFlow() error {
 	return <-f.err
 }
 
-// counted counts what is read.
-type counted struct {
+// Counted counts what is read.
+type Counted struct {
 	net.Conn
-	n *atomic.Int64
+	N *atomic.Int64
 }
 
-func (c counted) Read(b []byte) (int, error) {
+// Read reads from the connection.
+func (c Counted) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	c.n.Add(int64(n))
+	c.N.Add(int64(n))
 	return n, err
 }
 
-func (a *agent) exchange(args exchangeArgs) (any, error) {
+func (a *agent) exchange(args Transfer) (any, error) {
 	var c net.Conn
 	var err error
 	if args.Addr != "" {
@@ -294,10 +260,33 @@ func (a *agent) exchange(args exchangeArgs) (any, error) {
 	begin := time.Now()
 	var sent, received []byte
 	var g errgroup.Group
-	g.Go(func() (err error) { sent, err = send(c, args.Seed, args.Size); return })
-	g.Go(func() (err error) { received, err = receive(counted{c, &a.received}, args.Size); return })
+	g.Go(func() (err error) { sent, err = Send(c, args.Seed, args.Size); return })
+	g.Go(func() (err error) { received, err = Receive(Counted{c, &a.received}, args.Size); return })
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return exchangeResult{hex.EncodeToString(sent), hex.EncodeToString(received), time.Since(begin).Seconds()}, nil
+	return Transferred{hex.EncodeToString(sent), hex.EncodeToString(received), time.Since(begin).Seconds()}, nil
+}
+
+// Send writes n bytes that seed determines and returns their checksum.
+func Send(c net.Conn, seed uint64, n int64) ([]byte, error) {
+	src := io.LimitReader(rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)}), n)
+	h := sha256.New()
+	if _, err := io.CopyBuffer(struct{ io.Writer }{c}, io.TeeReader(src, h), make([]byte, 64<<10)); err != nil {
+		return nil, fmt.Errorf("send: %w", err)
+	}
+	return h.Sum(nil), c.(interface{ CloseWrite() error }).CloseWrite()
+}
+
+// Receive reads to the end and returns the checksum of n bytes.
+func Receive(c net.Conn, n int64) ([]byte, error) {
+	h := sha256.New()
+	got, err := io.CopyBuffer(h, struct{ io.Reader }{c}, make([]byte, 64<<10))
+	if err == nil && got != n {
+		err = fmt.Errorf("%d of %d bytes", got, n)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receive: %w", err)
+	}
+	return h.Sum(nil), nil
 }

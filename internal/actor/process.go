@@ -1,4 +1,4 @@
-package e2e
+package actor
 
 import (
 	"bufio"
@@ -11,21 +11,16 @@ import (
 	"os/exec"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
-
-	"mesh/internal/meshtest"
 )
 
-// Tests that need several operating-system processes start this test binary
-// again with roleEnv set. A process gets its configuration as the first line of
-// its standard input and answers with one line when it is ready; after that
-// each line in is a request and each line out an answer, all of them JSON. It
-// ends when its standard input does, and fails if it leaves goroutines behind.
-const roleEnv = "MESH_TEST_ROLE"
+// Patience is how long a process may take for what must work soon.
+const Patience = 60 * time.Second
 
-// full tells whether the long forms of tests run, as in .ci/full.
-func full() bool { return os.Getenv("MESH_FULL") == "1" }
+// roleEnv names the role of a process that Start started.
+const roleEnv = "MESH_TEST_ROLE"
 
 type request struct {
 	ID   int             `json:"id"`
@@ -52,9 +47,9 @@ var roles = map[string]func(config json.RawMessage) (*part, error){
 	"node":    playNode,
 }
 
-// TestProcessRole is not a test of its own: in a process that another test has
-// started it plays that process's role.
-func TestProcessRole(t *testing.T) {
+// Perform plays the role of a process that Start started, and ends the
+// process. In any other process it does nothing. Call it first in TestMain.
+func Perform() {
 	play, ok := roles[os.Getenv(roleEnv)]
 	if !ok {
 		return
@@ -113,8 +108,8 @@ func perform(play func(json.RawMessage) (*part, error), stdin io.Reader, stdout 
 	return errors.Join(err, goleak.Find())
 }
 
-// process is this test binary, started again in a role.
-type process struct {
+// Process is the test binary, started again in a role.
+type Process struct {
 	t    testing.TB
 	name string
 	cmd  *exec.Cmd
@@ -128,17 +123,25 @@ type process struct {
 	exit    error  // set before done is closed
 }
 
-// startProcess starts a process in a role and waits until it is ready; ready
-// gets what it said then. The process ends with the test at the latest.
-func startProcess(t testing.TB, role, name string, config, ready any) *process {
+// Start starts a process in a role and waits until it is ready; ready gets what
+// it said then, unless it is nil. The process ends with the test at the latest.
+// wrap is a command that the process is started by, `ip netns exec NAME`.
+func Start(t testing.TB, role, name string, config, ready any, wrap ...string) *Process {
 	t.Helper()
-	p := &process{
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Process{
 		t:       t,
 		name:    name,
-		cmd:     exec.Command(os.Args[0], "-test.run=^TestProcessRole$"),
+		cmd:     exec.Command(self, "-test.run=^$"),
 		done:    make(chan struct{}),
 		next:    1,
 		waiting: map[int]chan answer{},
+	}
+	if len(wrap) > 0 {
+		p.cmd = exec.Command(wrap[0], append(wrap[1:], p.cmd.Args...)...)
 	}
 	p.cmd.Env = append(os.Environ(), roleEnv+"="+role)
 	p.cmd.Stderr = stderrOf{p}
@@ -156,11 +159,11 @@ func startProcess(t testing.TB, role, name string, config, ready any) *process {
 	}
 	first := p.await(0)
 	go p.read(out)
-	t.Cleanup(p.kill)
+	t.Cleanup(p.Kill)
 	if err := json.NewEncoder(in).Encode(config); err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), meshtest.Patience)
+	ctx, cancel := context.WithTimeout(t.Context(), Patience)
 	defer cancel()
 	if err := p.take(ctx, first, ready); err != nil {
 		t.Fatalf("start %s: %v", name, err)
@@ -168,7 +171,7 @@ func startProcess(t testing.TB, role, name string, config, ready any) *process {
 	return p
 }
 
-type stderrOf struct{ p *process }
+type stderrOf struct{ p *Process }
 
 func (w stderrOf) Write(b []byte) (int, error) {
 	w.p.mu.Lock()
@@ -178,7 +181,7 @@ func (w stderrOf) Write(b []byte) (int, error) {
 }
 
 // read hands answers to those who wait for them until the process ends.
-func (p *process) read(out io.Reader) {
+func (p *Process) read(out io.Reader) {
 	in := json.NewDecoder(bufio.NewReader(out))
 	for {
 		var a answer
@@ -201,7 +204,7 @@ func (p *process) read(out io.Reader) {
 	close(p.done)
 }
 
-func (p *process) await(id int) chan answer {
+func (p *Process) await(id int) chan answer {
 	ch := make(chan answer, 1)
 	p.mu.Lock()
 	p.waiting[id] = ch
@@ -210,7 +213,7 @@ func (p *process) await(id int) chan answer {
 }
 
 // take waits for an answer.
-func (p *process) take(ctx context.Context, ch chan answer, result any) error {
+func (p *Process) take(ctx context.Context, ch chan answer, result any) error {
 	var a answer
 	select {
 	case a = <-ch:
@@ -229,15 +232,15 @@ func (p *process) take(ctx context.Context, ch chan answer, result any) error {
 }
 
 // ended says how the process ended.
-func (p *process) ended() error {
+func (p *Process) ended() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return fmt.Errorf("process %s ended: %v: %s", p.name, p.exit, p.stderr)
 }
 
-// call makes the process do something and waits for the answer. Calls run
+// Call makes the process do something and waits for the answer. Calls run
 // beside each other.
-func (p *process) call(ctx context.Context, do string, args, result any) error {
+func (p *Process) Call(ctx context.Context, do string, args, result any) error {
 	r := request{Do: do}
 	var err error
 	if r.Args, err = json.Marshal(args); err != nil {
@@ -264,28 +267,42 @@ func (p *process) call(ctx context.Context, do string, args, result any) error {
 	return nil
 }
 
-// must is call for what has to work, soon.
-func (p *process) must(do string, args, result any) {
+// Must is Call for what has to work, soon.
+func (p *Process) Must(do string, args, result any) {
 	p.t.Helper()
-	ctx, cancel := context.WithTimeout(p.t.Context(), meshtest.Patience)
+	ctx, cancel := context.WithTimeout(p.t.Context(), Patience)
 	defer cancel()
-	if err := p.call(ctx, do, args, result); err != nil {
+	if err := p.Call(ctx, do, args, result); err != nil {
 		p.t.Fatal(err)
 	}
 }
 
-// kill ends the process as a crash would, SIGKILL, and waits for that.
-func (p *process) kill() {
+// Name returns the name that the process was started with.
+func (p *Process) Name() string { return p.name }
+
+// T returns the test that started the process.
+func (p *Process) T() testing.TB { return p.t }
+
+// Signal sends a signal to the process.
+func (p *Process) Signal(s os.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatalf("%s: %v", p.name, err)
+	}
+}
+
+// Kill ends the process as a crash would, SIGKILL, and waits for that.
+func (p *Process) Kill() {
 	p.cmd.Process.Kill()
 	<-p.done
 	p.in.Close()
 }
 
-// stop lets the process close what it has and end; it must do so cleanly.
-func (p *process) stop() {
+// Stop lets the process close what it has and end; it must do so cleanly.
+func (p *Process) Stop() {
 	p.t.Helper()
 	p.in.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), meshtest.Patience)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	select {
 	case <-p.done:
@@ -297,6 +314,6 @@ func (p *process) stop() {
 		}
 	case <-ctx.Done():
 		p.t.Errorf("%s does not end", p.name)
-		p.kill()
+		p.Kill()
 	}
 }
