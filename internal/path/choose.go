@@ -20,6 +20,18 @@ const (
 	learnedFor     = 45 * time.Second        // life of an endpoint learned from a ping
 )
 
+// The timings that are ours: they find out sooner than the protocol demands
+// what became of a path, see alive.go.
+const (
+	unansweredFor = 300 * time.Millisecond  // packets out and none in for so long: is the path still there?
+	answerMin     = 200 * time.Millisecond  // a pong of the best path is missed after twice its latency,
+	answerMax     = 1500 * time.Millisecond // within these bounds
+	confirmedFor  = 900 * time.Millisecond  // the same after a pong: traffic one way only is watched less closely
+	doubtful      = 6                       // pongs missed in a row before another path replaces the best
+	dead          = 8                       // and before the best is none any more
+	answeredLate  = trustFor                // how long a pong speaks for a path that was not chosen
+)
+
 // Bounds against hostile peers.
 const (
 	maxCandidates = 100 // endpoints kept of a peer
@@ -29,6 +41,10 @@ const (
 	// it is only noted. Holes in two NATs need two or three in a row.
 	forcedBurst = 3
 	forcedEvery = 2 * time.Second
+	// A ping from where we have no path is answered with one of our own, up to
+	// so many: it may be a replay.
+	backBurst = 4
+	backEvery = time.Second
 )
 
 // instant is a point in time as the duration since the path's epoch, which lies
@@ -43,19 +59,24 @@ type candidate struct {
 	pinged  instant       // our last ping
 	heard   [4]disco.TxID // the peer's last pings, which are answered once
 	next    int           // where the following one goes in heard
+	ponged  instant       // last answer to a ping of ours, 0 = none yet
+	latency time.Duration // by that answer
 }
 
 func (c *candidate) listed(now instant) bool { return c.control || c.called || now < c.learned }
 
 type probe struct {
-	to netip.AddrPort
-	at instant
+	to    netip.AddrPort // zero: by relay
+	at    instant
+	full  bool // padded to the size of a full datagram
+	asked bool // by a user, see Ping
 }
 
 // ping is a Ping to send.
 type ping struct {
-	to netip.AddrPort
-	tx disco.TxID
+	to   netip.AddrPort // zero: by relay
+	tx   disco.TxID
+	full bool
 }
 
 // todo collects what an event asks the path to do.
@@ -75,14 +96,37 @@ type chooser struct {
 	trusted instant        // best alone is used until then
 	since   instant        // when best became what it is
 	why     string         // and the reason, for Status
+	alive   liveness       // of best
+	size    fullness       // of best
+	relayed time.Duration  // round trip by relay, 0 = unknown
 
 	active bool    // heartbeats run
 	beat   instant // the next one
 	full   instant // last discovery
 	called instant // last CallMeMaybe of ours
 
-	forced     int // of forcedBurst, used up
-	forcedFrom instant
+	forced allowance // pings for CallMeMaybes
+	back   allowance // pings for pings
+}
+
+// allowance counts what others make us do.
+type allowance struct {
+	used int
+	from instant
+}
+
+// take reports whether there is some left of burst, of which one comes back
+// in each period of every.
+func (a *allowance) take(now instant, burst int, every time.Duration) bool {
+	if n := int((now - a.from) / every); n > 0 {
+		a.used = max(a.used-n, 0)
+		a.from = now
+	}
+	if a.used >= burst {
+		return false
+	}
+	a.used++
+	return true
 }
 
 func newChooser(now instant) chooser {
@@ -129,12 +173,7 @@ func (c *chooser) callMeMaybe(list []netip.AddrPort, now instant, b *budget, out
 		}
 	}
 	c.prune(now)
-	if n := int((now - c.forcedFrom) / forcedEvery); n > 0 {
-		c.forced = max(c.forced-n, 0)
-		c.forcedFrom = now
-	}
-	if c.forced < forcedBurst {
-		c.forced++
+	if c.forced.take(now, forcedBurst, forcedEvery) {
 		c.ping(now, 0, b, out)
 	}
 }
@@ -197,50 +236,97 @@ func (c *chooser) prune(now instant) {
 }
 
 // pinged notes a Ping from an address; fresh is false when it has been seen
-// before and gets no second answer.
-func (c *chooser) pinged(from netip.AddrPort, tx disco.TxID, now instant) (fresh, added bool) {
+// before and gets no second answer. From an address that is no path of ours yet
+// it shows one that may work: while the session is active that is tried at once,
+// since the peer's hole in its NAT is open now.
+func (c *chooser) pinged(from netip.AddrPort, tx disco.TxID, now instant, b *budget, out *todo) (fresh bool) {
 	k, added := c.candidate(from, now)
 	if k == nil {
-		return true, false
+		return true
 	}
 	for _, old := range k.heard {
 		if old == tx {
-			return false, false
+			return false
 		}
 	}
 	k.heard[k.next] = tx
 	k.next = (k.next + 1) % len(k.heard)
 	k.learned = now + learnedFor
-	return true, added
+	c.seen(from, k, added, now, b, out)
+	return true
+}
+
+// authenticated notes a datagram of the peer from an address. WireGuard proves
+// who made it, not who sent it here: the address is worth a ping, no more.
+func (c *chooser) authenticated(from netip.AddrPort, now instant, b *budget, out *todo) {
+	if k, added := c.candidate(from, now); k != nil {
+		k.learned = now + learnedFor
+		c.seen(from, k, added, now, b, out)
+	}
+}
+
+// seen tries an address that the peer seems to use now.
+func (c *chooser) seen(from netip.AddrPort, k *candidate, added bool, now instant, b *budget, out *todo) {
+	if !c.active || from == c.best || c.hasDirect(now) && !added || now-k.pinged < backEvery && k.ponged >= k.pinged {
+		return
+	}
+	if now-k.pinged < answerMin || !c.back.take(now, backBurst, backEvery) || !b.take(from.Addr(), now) {
+		return
+	}
+	c.pingOne(from, k, false, now, out)
+	if c.hasDirect(now) {
+		c.check(now, out) // has it moved away from where we believe it to be?
+	}
 }
 
 // pong takes the answer to one of our pings. ok is false if it answers none.
-func (c *chooser) pong(tx disco.TxID, now instant) (to netip.AddrPort, ok bool) {
-	pr, ok := c.pending[tx]
-	if !ok {
-		return to, false
+func (c *chooser) pong(tx disco.TxID, now instant, out *todo) (pr probe, ok bool) {
+	pr, ok = c.pending[tx]
+	if !ok || !pr.to.IsValid() {
+		return pr, false // what came by UDP does not answer what went by relay
 	}
 	delete(c.pending, tx)
-	latency := now - pr.at
+	k := c.candidates[pr.to]
+	if k == nil {
+		return pr, false // meanwhile nobody says it is the peer's
+	}
+	k.ponged, k.latency = now, now-pr.at
 	switch {
 	case pr.to == c.best:
-	case c.candidates[pr.to] == nil:
-		return to, false // meanwhile nobody says it is the peer's
-	case !c.hasDirect(now):
-		c.setBest(pr.to, now, "answered first")
-	case better(route{pr.to, latency}, route{c.best, c.latency}):
-		c.setBest(pr.to, now, "better than "+c.best.String())
+	case !c.best.IsValid():
+		c.setBest(pr.to, now, "first pong")
+	case c.alive.missed >= doubtful:
+		c.setBest(pr.to, now, c.best.String()+" is silent")
+	case better(route{pr.to, k.latency}, route{c.best, c.latency}):
+		c.setBest(pr.to, now, "better latency than "+c.best.String())
 	default:
-		return pr.to, true
+		return pr, true
 	}
-	c.latency = latency
+	c.latency = k.latency
 	c.trusted = now + trustFor
-	return pr.to, true
+	c.alive.answered(now)
+	c.size.answered(pr, now)
+	if c.active && !c.size.proven && now >= c.size.next {
+		c.tryFull(now, out)
+	}
+	return pr, true
+}
+
+// relayPong takes the answer to a ping that went by relay.
+func (c *chooser) relayPong(tx disco.TxID, now instant) (pr probe, ok bool) {
+	pr, ok = c.pending[tx]
+	if !ok || pr.to.IsValid() {
+		return pr, false
+	}
+	delete(c.pending, tx)
+	c.relayed = now - pr.at
+	return pr, true
 }
 
 func (c *chooser) setBest(a netip.AddrPort, now instant, why string) {
 	c.best, c.since, c.why = a, now, why
 	c.latency, c.trusted = 0, 0
+	c.alive, c.size = liveness{watching: c.alive.watching, look: c.alive.look, looked: c.alive.looked}, fullness{}
 }
 
 func (c *chooser) clearBest(now instant, why string) {
@@ -250,26 +336,25 @@ func (c *chooser) clearBest(now instant, why string) {
 }
 
 // sent is called for packets out when no direct path is trusted, or when the
-// session is not active.
+// session is not active or not watched.
 func (c *chooser) sent(now instant, b *budget, out *todo) {
 	if !c.active {
 		c.active = true
 		c.beat = now + heartbeat
+		c.check(now, out)
 	}
+	c.watch(now)
 	if !c.hasDirect(now) {
 		c.discover(now, b, out)
 	}
 }
 
-// tick does what is due. lastSent is when the last packet went out.
-func (c *chooser) tick(now, lastSent instant, b *budget, out *todo) {
+// tick does what is due. lastSent is when the last packet went out, lastHeard
+// when the last one came by UDP.
+func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 	for tx, pr := range c.pending {
-		if now-pr.at < pingTimeout {
-			continue
-		}
-		delete(c.pending, tx)
-		if pr.to == c.best && !c.hasDirect(now) {
-			c.clearBest(now, "no answer from "+pr.to.String())
+		if now-pr.at >= pingTimeout {
+			delete(c.pending, tx)
 		}
 	}
 	c.prune(now)
@@ -278,14 +363,19 @@ func (c *chooser) tick(now, lastSent instant, b *budget, out *todo) {
 	}
 	if now-lastSent > sessionTimeout {
 		c.active = false
+		c.alive, c.size.asked = liveness{}, 0
 		return
 	}
+	c.stayAlive(now, lastSent, lastHeard, out)
 	if now < c.beat {
 		return
 	}
 	c.beat = now + heartbeat
-	if k := c.candidates[c.best]; k != nil {
-		c.pingOne(c.best, k, now, out)
+	if c.best.IsValid() {
+		c.check(now, out)
+	}
+	if !c.hasDirect(now) {
+		c.pingRelay(now, out)
 	}
 	if !c.hasDirect(now) || c.latency > goodEnough && now-c.full >= upgradeEvery {
 		c.discover(now, b, out)
@@ -301,6 +391,9 @@ func (c *chooser) deadline() (at instant, ok bool) {
 	}
 	if c.active {
 		soon(c.beat)
+		if t, ok := c.nextLook(); ok {
+			soon(t)
+		}
 	}
 	for _, pr := range c.pending {
 		soon(pr.at + pingTimeout)
@@ -348,109 +441,69 @@ func (c *chooser) ping(now, spacing instant, b *budget, out *todo) (n int) {
 			}
 			continue
 		}
-		if c.pingOne(a, k, now, out) {
+		if c.pingOne(a, k, false, now, out) {
 			n++
 		}
 	}
 	return n
 }
 
-func (c *chooser) pingOne(a netip.AddrPort, k *candidate, now instant, out *todo) bool {
+func (c *chooser) pingOne(a netip.AddrPort, k *candidate, full bool, now instant, out *todo) bool {
 	if len(c.pending) >= maxPending {
 		return false
 	}
 	tx := disco.NewTxID()
-	c.pending[tx] = probe{a, now}
+	c.pending[tx] = probe{to: a, at: now, full: full}
 	k.pinged = now
-	out.pings = append(out.pings, ping{a, tx})
+	out.pings = append(out.pings, ping{a, tx, full})
 	return true
+}
+
+// pingRelay measures the way by relay.
+func (c *chooser) pingRelay(now instant, out *todo) {
+	if len(c.pending) >= maxPending {
+		return
+	}
+	tx := disco.NewTxID()
+	c.pending[tx] = probe{at: now}
+	out.pings = append(out.pings, ping{tx: tx})
 }
 
 // sendFailed notes that the system refuses to send to an address.
 func (c *chooser) sendFailed(a netip.AddrPort, now instant, why string) {
 	if c.best == a {
 		c.clearBest(now, why)
+		c.replace(now)
 	}
 }
 
 // distrust makes best one of several until a pong confirms it.
 func (c *chooser) distrust(now instant) { c.trusted = min(c.trusted, now-1) }
 
-// networkChanged forgets what was true of the old network.
-func (c *chooser) networkChanged(now instant) {
-	c.clearBest(now, "network changed")
+// networkChanged doubts what was true of the old network, and tries everything
+// anew. The best address is one way of several until it answers: the peer may
+// well be there still. keep says of an address whether it can be.
+func (c *chooser) networkChanged(now instant, keep func(netip.AddrPort) bool, b *budget, out *todo) {
+	if c.best.IsValid() {
+		if keep(c.best) {
+			c.since, c.why = now, "network changed"
+		} else {
+			c.clearBest(now, "network changed")
+		}
+	}
+	c.distrust(now)
+	c.alive = liveness{watching: c.alive.watching, look: c.alive.look, looked: c.alive.looked}
+	c.size = fullness{}
 	clear(c.pending)
 	for _, k := range c.candidates {
-		k.pinged = 0
+		k.pinged, k.ponged = 0, 0
 	}
 	c.called = 0
 	c.prune(now)
-}
-
-// route is an address and its measured latency.
-type route struct {
-	to      netip.AddrPort
-	latency time.Duration
-}
-
-// better reports whether a is so much better than b that it should replace it.
-func better(a, b route) bool {
-	if a.to == b.to || !a.to.IsValid() {
-		return false
+	if c.active {
+		if c.best.IsValid() {
+			c.check(now, out)
+		}
+		c.discover(now, b, out)
 	}
-	if !b.to.IsValid() {
-		return true
-	}
-	pa, pb := bonus(a.to.Addr()), bonus(b.to.Addr())
-	switch {
-	case a.latency < b.latency:
-		pa += advantage(a.latency, b.latency)
-	case b.latency < a.latency:
-		pb += advantage(b.latency, a.latency)
-	}
-	if pa <= 1 && pb == 0 {
-		return false // hysteresis
-	}
-	return pa > pb
-}
-
-// advantage is by how many percent fast is faster than slow.
-func advantage(fast, slow time.Duration) int {
-	if slow <= 0 {
-		return 0
-	}
-	return 100 - int(fast*100/slow)
-}
-
-// bonus prefers addresses that stay close.
-func bonus(a netip.Addr) int {
-	n := 0
-	switch {
-	case a.IsLoopback():
-		n = 50
-	case a.IsLinkLocalUnicast():
-		n = 30
-	case a.IsPrivate():
-		n = 20
-	}
-	if a.Is6() {
-		n += 10
-	}
-	return n
-}
-
-// usable reports whether an address can be a peer's at all.
-func usable(a netip.AddrPort) bool {
-	ip := a.Addr()
-	return a.Port() != 0 && ip.IsValid() && !ip.IsUnspecified() && !ip.IsMulticast() && ip != broadcast
-}
-
-var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
-
-// unmap returns IPv4 addresses in IPv4 form.
-func unmap(a netip.AddrPort) netip.AddrPort {
-	if a.Addr().Is4In6() {
-		return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
-	}
-	return a
 }

@@ -1,9 +1,11 @@
 package path
 
 import (
+	"cmp"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -27,12 +29,14 @@ func TestBetter(t *testing.T) {
 		{pub1, pub2, 10 * ms, 20 * ms, true},   // 50 points
 		{pub1, pub2, 20 * ms, 10 * ms, false},  //
 		{pub1, pub2, 99 * ms, 100 * ms, false}, // 1 point: hysteresis
-		{pub1, pub2, 98 * ms, 100 * ms, true},  // 2 points
+		{pub1, pub2, 91 * ms, 100 * ms, false}, // 9 points
+		{pub1, pub2, 90 * ms, 100 * ms, true},  // 10 points
+		{pub1, pub2, ms / 5, ms / 2, false},    // no difference to speak of
 		{pub1, pub2, 0, 0, false},              // no time at all
 		{ap("127.0.0.1:1"), pub2, 10 * ms, 10 * ms, true},
 		{ap("127.0.0.1:1"), pub2, 21 * ms, 10 * ms, false},       // 50 against 53
-		{ap("192.168.0.1:1"), pub2, 12 * ms, 10 * ms, true},      // 20 against 17
-		{ap("192.168.0.1:1"), pub2, 13 * ms, 10 * ms, false},     // 20 against 24
+		{ap("192.168.0.1:1"), pub2, 11 * ms, 10 * ms, true},      // 20 against 10
+		{ap("192.168.0.1:1"), pub2, 12 * ms, 10 * ms, false},     // 20 against 17
 		{ap("169.254.0.1:1"), ap("192.168.0.1:1"), ms, ms, true}, // 30 against 20
 		{ap("[2001:db8::1]:1"), pub2, 10 * ms, 10 * ms, true},    // 10 against 0
 		{ap("[fd00::1]:1"), ap("192.168.0.1:1"), ms, ms, true},   // 30 against 20
@@ -54,6 +58,9 @@ type chooserTest struct {
 	b   budget
 	now instant
 	out todo
+
+	lastSent instant
+	observe  func() // after every tick of run
 }
 
 func newChooserTest(t *testing.T, endpoints ...string) *chooserTest {
@@ -92,12 +99,88 @@ func (ct *chooserTest) pass(d time.Duration, sending bool) {
 		if sending {
 			sent = at
 		}
-		ct.c.tick(at, sent, &ct.b, &ct.out)
+		ct.c.tick(at, sent, 0, &ct.b, &ct.out)
 		if next, ok := ct.c.deadline(); ok && next <= at {
 			ct.Fatalf("tick at %v leaves a deadline at %v", at, next)
 		}
 	}
 	ct.now = end
+}
+
+// world says what becomes of a ping: the time until its pong, 0 = none.
+type world func(to netip.AddrPort, full bool, now instant) time.Duration
+
+// run lets time go by in a world, with a packet out every now and then, 0 = none.
+// It returns how many pings went out.
+func (ct *chooserTest) run(d, every time.Duration, w world) (pings int) {
+	type pong struct {
+		at instant
+		tx disco.TxID
+	}
+	end, lastSent, nextSend := ct.now+d, ct.lastSent, ct.now
+	var pongs []pong
+	for {
+		for _, pg := range ct.out.pings {
+			pings++
+			if l := w(pg.to, pg.full, ct.now); l > 0 {
+				pongs = append(pongs, pong{ct.now + l, pg.tx})
+			}
+		}
+		ct.out = todo{}
+		slices.SortFunc(pongs, func(a, b pong) int { return cmp.Compare(a.at, b.at) })
+		at, ok := ct.c.deadline()
+		if ok && at < ct.now {
+			ct.Fatalf("deadline %v lies before now %v", at, ct.now)
+		}
+		if !ok {
+			at = end
+		}
+		if every > 0 {
+			at = min(at, nextSend)
+		}
+		if len(pongs) > 0 {
+			at = min(at, pongs[0].at)
+		}
+		if at >= end {
+			ct.now, ct.lastSent = end, lastSent
+			return pings
+		}
+		ct.now = at
+		if every > 0 && at == nextSend {
+			nextSend += every
+			lastSent = at
+			if c := &ct.c; !c.active || !c.alive.watching || !c.hasDirect(at) && at >= c.nextDiscovery() {
+				c.sent(at, &ct.b, &ct.out)
+			}
+		}
+		if len(pongs) > 0 && pongs[0].at == at {
+			if tx := pongs[0].tx; !ct.c.isRelay(tx) {
+				ct.c.pong(tx, at, &ct.out)
+			}
+			pongs = pongs[1:]
+		}
+		ct.c.tick(at, lastSent, 0, &ct.b, &ct.out)
+		if ct.observe != nil {
+			ct.observe()
+		}
+		if next, ok := ct.c.deadline(); ok && next <= at {
+			ct.Fatalf("tick at %v leaves a deadline at %v", at, next)
+		}
+	}
+}
+
+func (c *chooser) isRelay(tx disco.TxID) bool { return !c.pending[tx].to.IsValid() }
+
+// up is a world in which some addresses answer after a while.
+func up(latency time.Duration, addrs ...string) world {
+	return func(to netip.AddrPort, _ bool, _ instant) time.Duration {
+		for _, a := range addrs {
+			if to == ap(a) {
+				return latency
+			}
+		}
+		return 0
+	}
 }
 
 func TestChooserFindsAndKeeps(t *testing.T) {
@@ -114,72 +197,48 @@ func TestChooserFindsAndKeeps(t *testing.T) {
 	}
 	// The slower one answers first and is used, then the faster one.
 	ct.now += 10 * ms
-	if to, ok := c.pong(pings[ap("192.0.2.1:1")], ct.now); !ok || to != ap("192.0.2.1:1") || c.best != to {
-		t.Fatal("first pong", to, ok, c.best)
+	if pr, ok := c.pong(pings[ap("192.0.2.1:1")], ct.now, &ct.out); !ok || pr.to != ap("192.0.2.1:1") || c.best != pr.to {
+		t.Fatal("first pong", pr, ok, c.best)
 	}
 	if !c.hasDirect(ct.now+trustFor) || c.hasDirect(ct.now+trustFor+1) {
 		t.Error("trust has the wrong length")
 	}
-	if _, ok := c.pong(pings[ap("192.0.2.1:1")], ct.now); ok {
+	if _, ok := c.pong(pings[ap("192.0.2.1:1")], ct.now, &ct.out); ok {
 		t.Error("pong accepted twice")
 	}
-	if _, ok := c.pong(disco.NewTxID(), ct.now); ok {
+	if _, ok := c.pong(disco.NewTxID(), ct.now, &ct.out); ok {
 		t.Error("pong without ping accepted")
 	}
 	ct.now += 10 * ms
-	c.pong(pings[ap("192.0.2.2:1")], ct.now)
+	c.pong(pings[ap("192.0.2.2:1")], ct.now, &ct.out)
 	if c.best != ap("192.0.2.1:1") {
 		t.Error("slower path taken")
 	}
-	// Heartbeats to the best only; after a minute a search, as it is slow.
-	var beats, searches int
-	for range 25 {
-		ct.pass(heartbeat, true)
-		m := ct.take()
-		if len(m) == 2 {
+	// Heartbeats to the best; after a minute a search, as it is slow.
+	ct.out = todo{}
+	searches := 0
+	ct.run(75*time.Second, 250*ms, func(to netip.AddrPort, _ bool, _ instant) time.Duration {
+		if to != c.best {
 			searches++
 		}
-		if tx, ok := m[c.best]; ok {
-			beats++
-			c.pong(tx, ct.now+10*ms)
-		}
+		return 10 * ms
+	})
+	if searches != 1 || !c.hasDirect(ct.now) || c.alive.missed != 0 {
+		t.Errorf("%d searches, %+v", searches, c.alive)
 	}
-	if beats != 25 || searches != 1 {
-		t.Errorf("%d heartbeats, %d searches", beats, searches)
+	if c.usableSize() != fullDatagram {
+		t.Errorf("size %d", c.usableSize())
 	}
 	// Nothing goes out any more: heartbeats end.
-	ct.pass(sessionTimeout+heartbeat, false)
-	ct.take()
-	ct.pass(10*time.Minute, false)
-	if n := len(ct.take()); n != 0 || c.active || len(c.pending) != 0 {
+	n := ct.run(sessionTimeout+heartbeat, 0, up(10*ms, "192.0.2.1:1"))
+	if n < 14 || n > 18 {
+		t.Errorf("%d pings of a quiet session", n)
+	}
+	if n := ct.run(10*time.Minute, 0, up(10*ms)); n != 0 || c.active || len(c.pending) != 0 {
 		t.Errorf("idle: %d pings, active %v, %d pending", n, c.active, len(c.pending))
 	}
 	if _, ok := c.deadline(); ok {
 		t.Error("idle but with a deadline")
-	}
-}
-
-func TestChooserLosesSilentPath(t *testing.T) {
-	ct := newChooserTest(t, "192.0.2.1:1")
-	c := &ct.c
-	c.sent(ct.now, &ct.b, &ct.out)
-	c.pong(ct.take()[ap("192.0.2.1:1")], ct.now+ms)
-	ct.pass(trustFor, true)
-	if !c.best.IsValid() {
-		t.Fatal("path cleared while trusted")
-	}
-	ct.pass(pingTimeout, true)
-	if c.best.IsValid() || c.hasDirect(ct.now) {
-		t.Fatal("path not cleared")
-	}
-	n := 0
-	for range 10 {
-		ct.pass(pingSpacing, true)
-		c.sent(ct.now, &ct.b, &ct.out)
-		n += len(ct.take())
-	}
-	if n < 8 || n > 11 {
-		t.Errorf("%d discovery pings in 50 s", n)
 	}
 }
 
@@ -204,7 +263,7 @@ func TestChooserCallMeMaybe(t *testing.T) {
 		t.Errorf("candidates %v", c.candidates)
 	}
 	// A pong for an address that was taken back is none.
-	if _, ok := c.pong(got[ap("192.0.2.2:1")], ct.now); ok || c.best.IsValid() {
+	if _, ok := c.pong(got[ap("192.0.2.2:1")], ct.now, &ct.out); ok || c.best.IsValid() {
 		t.Error("pong of a withdrawn address accepted")
 	}
 	// Repeated calls do not make us ping without end.
@@ -226,7 +285,7 @@ func TestChooserBounds(t *testing.T) {
 	// Pings from everywhere, of one who knows the peer's key.
 	for i := range 100_000 {
 		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 1)
-		if fresh, _ := c.pinged(from, disco.NewTxID(), ct.now); !fresh {
+		if fresh := c.pinged(from, disco.NewTxID(), ct.now, &ct.b, &ct.out); !fresh {
 			t.Fatal("new ping is old")
 		}
 	}
@@ -263,12 +322,11 @@ func TestChooserPings(t *testing.T) {
 	ct := newChooserTest(t)
 	c := &ct.c
 	from, tx := ap("192.0.2.9:9"), disco.NewTxID()
-	fresh, added := c.pinged(from, tx, ct.now)
-	if !fresh || !added {
-		t.Fatal(fresh, added)
+	if !c.pinged(from, tx, ct.now, &ct.b, &ct.out) {
+		t.Fatal("first ping is to be answered")
 	}
 	for range 3 {
-		if fresh, _ = c.pinged(from, tx, ct.now); fresh {
+		if c.pinged(from, tx, ct.now, &ct.b, &ct.out) {
 			t.Fatal("same ping is to be answered twice")
 		}
 	}

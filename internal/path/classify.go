@@ -96,7 +96,11 @@ func (p *Path) wireguardUDP(from netip.AddrPort, datagrams [][]byte) {
 	src := Source{Addr: from}
 	if pe := p.peers.at(from); pe != nil {
 		src.Peer = pe.key
-		pe.received.Store(int64(p.now()))
+		now := int64(p.now())
+		pe.received.Store(now)
+		if d := pe.direct.Load(); d != nil && *d == from {
+			pe.heardUDP.Store(now)
+		}
 	}
 	p.cfg.Receive(src, datagrams)
 }
@@ -114,6 +118,7 @@ func (p *Path) relayPackets(region int, from identity.NodePublic, datagrams [][]
 	if pe.heard.Load() != int32(region) {
 		pe.heard.Store(int32(region))
 	}
+	p.doubt(pe)
 	start := 0
 	for i, b := range datagrams {
 		if !isDisco(b) {
@@ -124,6 +129,24 @@ func (p *Path) relayPackets(region int, from identity.NodePublic, datagrams [][]
 		p.discoRelay(region, from, b)
 	}
 	p.wireguardRelay(region, from, datagrams[start:])
+}
+
+// doubt looks whether the direct path works when packets come by relay in spite
+// of it: the peer may have lost it.
+func (p *Path) doubt(pe *peer) {
+	now := p.now()
+	if int64(now) > pe.trusted.Load() || int64(now) < pe.doubted.Load() {
+		return
+	}
+	pe.doubted.Store(int64(now + unansweredFor))
+	var out todo
+	p.mu.Lock()
+	if !pe.gone {
+		pe.ch.suspect(now, &out)
+		p.settleLocked(pe, now)
+	}
+	p.mu.Unlock()
+	p.perform(pe, &out)
 }
 
 func (p *Path) wireguardRelay(region int, from identity.NodePublic, datagrams [][]byte) {

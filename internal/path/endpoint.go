@@ -101,6 +101,7 @@ func (p *Path) wakeEndpointsLocked(now instant) {
 
 // dueEndpoints does what is due of gathering.
 func (p *Path) dueEndpoints(now instant) {
+	var tasks []task
 	p.mu.Lock()
 	e := &p.ends
 	if e.next == 0 || now < e.next {
@@ -116,10 +117,13 @@ func (p *Path) dueEndpoints(now instant) {
 		p.mu.Unlock()
 		local, _ := p.cfg.Interfaces() // a system call
 		p.mu.Lock()
-		p.startRoundLocked(local, now)
+		tasks = p.startRoundLocked(local, now)
 	}
 	requests, settled := p.roundLocked(now)
 	p.mu.Unlock()
+	for _, t := range tasks {
+		p.perform(t.pe, &t.out)
+	}
 	p.sendRequests(requests)
 	if settled {
 		p.gathered()
@@ -143,7 +147,7 @@ func (p *Path) gathered() {
 }
 
 // startRoundLocked begins a round of STUN.
-func (p *Path) startRoundLocked(local []netip.Prefix, now instant) {
+func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task) {
 	e := &p.ends
 	e.want = false
 	if p.cfg.RelayOnly {
@@ -156,16 +160,14 @@ func (p *Path) startRoundLocked(local []netip.Prefix, now instant) {
 	e.local = local
 	if lost {
 		// An address went away, and with it the paths that used it.
-		for _, pe := range p.peers.all() {
-			pe.ch.networkChanged(now)
-			p.settleLocked(pe, now)
-		}
+		tasks = p.startAnewLocked(now)
 	}
 	targets, names := p.stunTargetsLocked(now)
 	e.round = newRound(now, targets, names)
 	if len(names) > 0 {
 		p.wg.Go(func() { p.resolve(names) }) // from the loop, which Close waits for
 	}
+	return tasks
 }
 
 // settleRoundLocked makes the round's result the node's endpoints.

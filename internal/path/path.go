@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -259,14 +260,45 @@ func (p *Path) NetworkChanged() {
 	p.relays.reconnect()
 	p.mu.Lock()
 	now := p.now()
-	for _, pe := range p.peers.all() {
-		pe.ch.networkChanged(now)
-		p.settleLocked(pe, now)
-	}
 	p.ends.forget()
+	tasks := p.startAnewLocked(now)
 	p.gatherLocked(now)
 	p.mu.Unlock()
 	p.poke()
+	for _, t := range tasks {
+		p.perform(t.pe, &t.out)
+	}
+}
+
+// task is what a chooser asked to do for a peer.
+type task struct {
+	pe  *peer
+	out todo
+}
+
+// startAnewLocked doubts all direct paths and tries them anew.
+func (p *Path) startAnewLocked(now instant) []task {
+	var tasks []task
+	for _, pe := range p.peers.all() {
+		t := task{pe: pe}
+		pe.ch.networkChanged(now, p.stillHereLocked, &p.budget, &t.out)
+		p.settleLocked(pe, now)
+		if !p.cfg.RelayOnly && !pe.info.Disco.IsZero() {
+			tasks = append(tasks, t)
+		}
+	}
+	return tasks
+}
+
+// stillHereLocked reports whether an address can be the same host's as before
+// the network changed: one of a private network is only as long as the host has
+// an address in that network.
+func (p *Path) stillHereLocked(a netip.AddrPort) bool {
+	ip := a.Addr()
+	if !ip.IsPrivate() && !ip.IsLinkLocalUnicast() {
+		return true
+	}
+	return slices.ContainsFunc(p.ends.local, func(n netip.Prefix) bool { return n.Contains(ip) })
 }
 
 // Ready waits until the node can be reached: its endpoints are known and it is

@@ -2,9 +2,7 @@ package path
 
 import (
 	"container/heap"
-	"fmt"
 	"net/netip"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,13 +24,17 @@ type peer struct {
 	// Read on every packet, written under Path.mu.
 	direct   atomic.Pointer[netip.AddrPort] // best address, nil = none
 	trusted  atomic.Int64                   // instant until which direct alone is used
-	active   atomic.Bool                    // heartbeats run
+	full     atomic.Int64                   // and for full datagrams
+	proven   atomic.Bool                    // direct takes full datagrams
+	awake    atomic.Bool                    // heartbeats run, packets out are watched
 	discover atomic.Int64                   // instant from which discovery has something to do
 	home     atomic.Int32                   // the peer's home region, 0 = unknown
 
 	// Written on every packet.
 	sent     atomic.Int64 // instant of the last one out
 	received atomic.Int64 // and in
+	heardUDP atomic.Int64 // and in from direct
+	doubted  atomic.Int64 // instant until which packets by relay are no news
 	heard    atomic.Int32 // region by which the peer was last heard, 0 = none
 
 	born instant // not changed
@@ -51,123 +53,6 @@ type peer struct {
 // lastUsed is when a packet last went or came, or the state was made.
 func (pe *peer) lastUsed() instant {
 	return max(pe.born, instant(pe.sent.Load()), instant(pe.received.Load()))
-}
-
-// table finds peers by key and by address.
-type table struct {
-	mu    sync.RWMutex // guards what follows
-	byKey map[identity.NodePublic]*peer
-	addrs map[netip.AddrPort]binding
-}
-
-// binding says who uses an address. A strong one was proven by a pong or by
-// WireGuard; a weak one only by a ping, which may be a replay.
-type binding struct {
-	peer   *peer
-	strong bool
-}
-
-func (t *table) init() {
-	t.byKey = make(map[identity.NodePublic]*peer)
-	t.addrs = make(map[netip.AddrPort]binding)
-}
-
-func (t *table) get(key identity.NodePublic) *peer {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.byKey[key]
-}
-
-func (t *table) at(a netip.AddrPort) *peer {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return t.addrs[a].peer
-}
-
-func (t *table) all() []*peer {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	out := make([]*peer, 0, len(t.byKey))
-	for _, pe := range t.byKey {
-		out = append(out, pe)
-	}
-	return out
-}
-
-// bind associates an address with a peer, unless somebody else has a better
-// claim to it.
-func (t *table) bind(a netip.AddrPort, pe *peer, strong bool) {
-	t.mu.RLock()
-	old := t.addrs[a]
-	t.mu.RUnlock()
-	if old.peer == pe && (old.strong || !strong) {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.byKey[pe.key] != pe {
-		return // dropped meanwhile
-	}
-	old = t.addrs[a]
-	if old.peer != nil && old.strong && !strong {
-		return
-	}
-	if old.peer != nil && old.peer != pe {
-		delete(old.peer.bound, a)
-	}
-	if _, ok := pe.bound[a]; !ok && len(pe.bound) >= maxBound {
-		t.evictLocked(pe)
-	}
-	pe.bound[a] = struct{}{}
-	t.addrs[a] = binding{pe, strong}
-}
-
-// evictLocked frees one address of a peer, a weak one if there is one.
-func (t *table) evictLocked(pe *peer) {
-	var victim netip.AddrPort
-	for a := range pe.bound {
-		victim = a
-		if !t.addrs[a].strong {
-			break
-		}
-	}
-	delete(pe.bound, victim)
-	delete(t.addrs, victim)
-}
-
-func (t *table) remove(pe *peer) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.byKey[pe.key] == pe {
-		delete(t.byKey, pe.key)
-	}
-	for a := range pe.bound {
-		delete(t.addrs, a)
-	}
-	clear(pe.bound)
-}
-
-// timerHeap orders peers by when something is due.
-type timerHeap []*peer
-
-func (h timerHeap) Len() int           { return len(h) }
-func (h timerHeap) Less(i, j int) bool { return h[i].at < h[j].at }
-func (h timerHeap) Swap(i, j int) {
-	h[i], h[j] = h[j], h[i]
-	h[i].index, h[j].index = i, j
-}
-func (h *timerHeap) Push(x any) {
-	pe := x.(*peer)
-	pe.index = len(*h)
-	*h = append(*h, pe)
-}
-func (h *timerHeap) Pop() any {
-	old := *h
-	pe := old[len(old)-1]
-	old[len(old)-1] = nil
-	*h = old[:len(old)-1]
-	pe.index = -1
-	return pe
 }
 
 // open returns the state of a peer, making it if the netmap knows the peer;
@@ -243,7 +128,9 @@ func (p *Path) settleLocked(pe *peer, now instant) {
 		pe.direct.Store(nil)
 	}
 	pe.trusted.Store(int64(c.trusted))
-	pe.active.Store(c.active)
+	pe.full.Store(int64(min(c.trusted, c.size.until)))
+	pe.proven.Store(c.size.proven)
+	pe.awake.Store(c.active && c.alive.watching)
 	pe.discover.Store(int64(c.nextDiscovery()))
 
 	at := pe.lastUsed() + peerIdle
@@ -289,7 +176,7 @@ func (p *Path) duePeer(now instant) bool {
 	pe := p.timers[0]
 	var out todo
 	sent := instant(pe.sent.Load())
-	pe.ch.tick(now, sent, &p.budget, &out)
+	pe.ch.tick(now, sent, instant(pe.heardUDP.Load()), &p.budget, &out)
 	if now-pe.lastUsed() >= peerIdle {
 		p.dropLocked(pe)
 	} else {
@@ -298,139 +185,6 @@ func (p *Path) duePeer(now instant) bool {
 	p.mu.Unlock()
 	p.perform(pe, &out)
 	return true
-}
-
-// Send sends WireGuard datagrams to a peer of the netmap by the best known way:
-// by UDP alone while a pong has confirmed it lately, else by UDP and by relay.
-// hint is an address to use when no better one is known (zero = none), such as
-// the one WireGuard last heard the peer from. The datagrams are not kept. Delivery
-// is best effort; the errors are ErrUnknownPeer and ErrNoPath, or that of the
-// system when UDP was the only way.
-func (p *Path) Send(key identity.NodePublic, hint netip.AddrPort, datagrams [][]byte) error {
-	pe := p.peers.get(key)
-	if pe == nil {
-		if pe = p.open(key); pe == nil {
-			return fmt.Errorf("send to %s: %w", key.Short(), ErrUnknownPeer)
-		}
-	}
-	now := p.now()
-	pe.sent.Store(int64(now))
-	direct := pe.direct.Load()
-	if direct != nil && int64(now) <= pe.trusted.Load() && !isHandshake(datagrams) {
-		if !pe.active.Load() {
-			p.probe(pe, now)
-		}
-		err := p.writeUDP(*direct, datagrams)
-		if err == nil || passing(err) {
-			return nil
-		}
-		p.sendFailed(pe, *direct, err)
-		direct = nil
-	}
-	return p.sendBoth(pe, now, direct, hint, datagrams)
-}
-
-// isHandshake reports whether datagrams begin with a handshake message of
-// WireGuard. Those go by every way even while one is trusted: a peer that was
-// restarted elsewhere begins with a handshake, and an answer to where it was
-// before is lost for the seconds that trust lasts.
-func isHandshake(datagrams [][]byte) bool {
-	if len(datagrams) == 0 || len(datagrams[0]) < 4 {
-		return false
-	}
-	b := datagrams[0]
-	return b[0] >= 1 && b[0] <= 3 && b[1]|b[2]|b[3] == 0
-}
-
-// sendBoth sends by every way that may work, and looks for a better one.
-func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint netip.AddrPort, datagrams [][]byte) error {
-	var err error = ErrNoPath
-	to := hint
-	if direct != nil {
-		to = *direct
-	}
-	if to.IsValid() {
-		e := p.writeUDP(to, datagrams)
-		if e == nil || passing(e) {
-			err = nil
-		} else {
-			err = e
-			p.sendFailed(pe, to, e)
-		}
-	}
-	if hint.IsValid() && hint != to && isHandshake(datagrams) {
-		_ = p.writeUDP(hint, datagrams) // in addition; what counts is above
-	}
-	if region := p.relayFor(pe); region != 0 && p.sendRelay(region, pe.key, datagrams...) {
-		err = nil
-	}
-	if !pe.active.Load() || int64(now) >= pe.discover.Load() {
-		p.probe(pe, now)
-	}
-	if err != nil {
-		if err == ErrNoPath {
-			p.mu.Lock()
-			if !pe.gone {
-				pe.unsent.keep(datagrams, now)
-			}
-			p.mu.Unlock()
-		}
-		return fmt.Errorf("send to %s: %w", pe.key.Short(), err)
-	}
-	return nil
-}
-
-// relayOf returns the region by which to reach a peer, 0 = none. While the
-// connection to the peer's home is being made, the one by which it was heard
-// serves.
-func (p *Path) relayOf(pe *peer) int {
-	home, heard := int(pe.home.Load()), int(pe.heard.Load())
-	switch {
-	case p.relays.connected(home):
-		return home
-	case p.relays.connected(heard):
-		return heard
-	case p.relays.has(home):
-		return home
-	case p.relays.has(heard):
-		return heard
-	}
-	return 0
-}
-
-// relayFor returns the region by which to send to a peer now, 0 = none, and
-// begins to connect to its home if that is another.
-func (p *Path) relayFor(pe *peer) int {
-	region := p.relayOf(pe)
-	if home := int(pe.home.Load()); home != 0 && region != home {
-		if r := p.relays.get(home); r != nil {
-			r.used.Store(int64(p.now()))
-			r.start()
-			p.checkIdle()
-		}
-	}
-	return region
-}
-
-// sendRelay sends by a relay, which is connected if need be.
-func (p *Path) sendRelay(region int, dst identity.NodePublic, datagrams ...[]byte) bool {
-	if p.cfg.DirectOnly {
-		return false
-	}
-	if !p.relays.connected(region) {
-		p.checkIdle()
-	}
-	return p.relays.send(region, dst, datagrams...)
-}
-
-// checkIdle makes the loop look for idle relays from now on.
-func (p *Path) checkIdle() {
-	p.mu.Lock()
-	if p.idleCheck == 0 {
-		p.idleCheck = p.now() + relayIdleCheck
-		p.poke()
-	}
-	p.mu.Unlock()
 }
 
 // probe starts heartbeats and discovery where due.
@@ -443,7 +197,7 @@ func (p *Path) probe(pe *peer, now instant) {
 	}
 	if pe.info.Disco.IsZero() || p.cfg.RelayOnly {
 		pe.discover.Store(int64(now + pingSpacing))
-		pe.active.Store(true)
+		pe.awake.Store(true)
 		p.mu.Unlock()
 		return
 	}
@@ -474,9 +228,19 @@ func (p *Path) perform(pe *peer, out *todo) {
 	if to.IsZero() {
 		return
 	}
-	buf := make([]byte, 0, disco.PingLen)
+	buf := make([]byte, 0, fullDatagram)
 	for _, pg := range out.pings {
-		buf = p.sealer.Seal(buf[:0], to, disco.Ping{TxID: pg.tx, Node: p.pub})
+		m := disco.Ping{TxID: pg.tx, Node: p.pub}
+		if pg.full {
+			m.Padding = fullDatagram - disco.PingLen
+		}
+		buf = p.sealer.Seal(buf[:0], to, m)
+		if !pg.to.IsValid() {
+			if region := p.relayFor(pe); region != 0 {
+				p.sendRelay(region, pe.key, buf)
+			}
+			continue
+		}
 		if err := p.writeUDP(pg.to, [][]byte{buf}); err != nil && !passing(err) {
 			p.sendFailed(pe, pg.to, err)
 		}
@@ -503,14 +267,14 @@ func (p *Path) Authenticated(key identity.NodePublic, src Source) {
 		return
 	}
 	p.peers.bind(a, pe, true)
+	var out todo
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	// WireGuard proves who made the datagram, not who sent it here: the
-	// address is worth a ping, no more.
-	if k, _ := pe.ch.candidate(a, now); k != nil {
-		k.learned = now + learnedFor
+	if !pe.gone && !p.cfg.RelayOnly {
+		pe.ch.authenticated(a, now, &p.budget, &out)
 		p.settleLocked(pe, now)
 	}
+	p.mu.Unlock()
+	p.perform(pe, &out)
 }
 
 // Update tells that the netmap changed for these peers. It asks Lookup again;

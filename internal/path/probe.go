@@ -60,16 +60,15 @@ func (p *Path) pingUDP(from netip.AddrPort, key identity.DiscoPublic, known []Pe
 		if pe == nil {
 			continue
 		}
+		var out todo
 		p.mu.Lock()
-		isFresh, added := pe.ch.pinged(from, m.TxID, now)
-		if added {
-			pe.discover.Store(0) // the next packet out tries it
-		}
+		isFresh := pe.ch.pinged(from, m.TxID, now, &p.budget, &out)
 		if pe.key == who {
 			fresh = isFresh
 		}
 		p.settleLocked(pe, now)
 		p.mu.Unlock()
+		defer p.perform(pe, &out) // the pong goes first
 		if isFresh && k.Key == who {
 			pe.received.Store(int64(now))
 			p.peers.bind(from, pe, false)
@@ -88,8 +87,9 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 			continue
 		}
 		now := p.now()
+		var out todo
 		p.mu.Lock()
-		to, ok := pe.ch.pong(m.TxID, now)
+		pr, ok := pe.ch.pong(m.TxID, now, &out)
 		if ok {
 			p.settleLocked(pe, now)
 		}
@@ -97,8 +97,9 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 		if !ok {
 			continue
 		}
+		p.perform(pe, &out)
 		pe.received.Store(int64(now))
-		if to == from {
+		if pr.to == from {
 			p.peers.bind(from, pe, true)
 		}
 		p.sendUnsent(pe)
@@ -126,6 +127,13 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 	case disco.Ping:
 		pong := disco.Pong{TxID: m.TxID, Src: disco.RelayAddr(region)}
 		p.sendRelay(region, from, p.sealer.Seal(nil, key, pong))
+	case disco.Pong:
+		// It proves no direct path, but measures the relay.
+		if pe := p.peers.get(from); pe != nil {
+			p.mu.Lock()
+			pe.ch.relayPong(m.TxID, p.now())
+			p.mu.Unlock()
+		}
 	case disco.CallMeMaybe:
 		if p.cfg.RelayOnly {
 			return
@@ -142,7 +150,6 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 		p.mu.Unlock()
 		p.perform(pe, &out)
 	}
-	// A pong by relay proves no direct path.
 }
 
 // callMeMaybe asks a peer to ping us, once our endpoints are fresh.

@@ -2,13 +2,10 @@ package path
 
 import (
 	"fmt"
-	"net/netip"
 	"reflect"
 	"slices"
-	"time"
 
 	"mesh/control/wire"
-	"mesh/identity"
 )
 
 // reporter calls Report when there is something new.
@@ -71,51 +68,4 @@ func (p *Path) snapshot() (r Report, ok bool) {
 		}
 	}
 	return r, true
-}
-
-// PeerStatus tells how a peer is reached.
-type PeerStatus struct {
-	// Direct is the best UDP address; zero while only the relay is used.
-	Direct netip.AddrPort
-	// Trusted says that Direct is used exclusively.
-	Trusted bool
-	// Region is the relay region used beside or instead of Direct, 0 = none.
-	Region       int
-	Latency      time.Duration // of Direct, 0 = unknown
-	Since        time.Time     // when Direct became what it is
-	Why          string        // and the reason
-	Active       bool          // traffic went out lately: paths are kept alive
-	LastReceived time.Time     // zero = nothing yet
-	LastSent     time.Time
-	Candidates   int // addresses at which the peer may be
-}
-
-// Status tells how a peer is reached. The zero PeerStatus means that there was
-// no traffic lately.
-func (p *Path) Status(key identity.NodePublic) PeerStatus {
-	pe := p.peers.get(key)
-	if pe == nil {
-		return PeerStatus{}
-	}
-	region := p.relayOf(pe)
-	now := p.now()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	c := &pe.ch
-	st := PeerStatus{
-		Direct:       c.best,
-		Trusted:      c.hasDirect(now),
-		Region:       region,
-		Latency:      c.latency,
-		Since:        p.time(c.since),
-		Why:          c.why,
-		Active:       c.active,
-		LastReceived: p.time(instant(pe.received.Load())),
-		LastSent:     p.time(instant(pe.sent.Load())),
-		Candidates:   len(c.candidates),
-	}
-	if st.Trusted {
-		st.Region = 0
-	}
-	return st
 }

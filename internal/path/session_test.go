@@ -307,7 +307,7 @@ func TestPeerInAnotherRegion(t *testing.T) {
 		}
 		// The relay says that a has gone: that way is none any more.
 		n.relays[2].gone(b.key(), a.key())
-		settle(time.Second)
+		settle(time.Millisecond)
 		if err := b.Send(a.key(), netip.AddrPort{}, [][]byte{{1}}); !errors.Is(err, ErrNoPath) {
 			t.Error(err)
 		}
@@ -380,8 +380,8 @@ func TestNetworkChange(t *testing.T) {
 		if err := a.Rebind(); err != nil {
 			t.Fatal(err)
 		}
-		if st := a.Status(b.key()); st.Direct.IsValid() {
-			t.Errorf("old path kept: %+v", st)
+		if st := a.Status(b.key()); st.Trusted || st.Region != 1 || st.Why != "network changed" {
+			t.Errorf("old path trusted: %+v", st)
 		}
 		b.take()
 		a.send(t, b, "y")

@@ -74,6 +74,7 @@ func newSocket(pc net.PacketConn) *socket {
 		u.SetReadBuffer(socketBytes)
 		u.SetWriteBuffer(socketBytes)
 		forceBuffers(u, socketBytes)
+		dontFragment(u)
 		gso, gro := offload(u)
 		s.gso.Store(gso)
 		s.gro = gro
@@ -234,19 +235,19 @@ func (s *socket) writeTrain(to netip.AddrPort, datagrams [][]byte) error {
 	if err == nil || !offloadRefused(err) {
 		return err
 	}
-	// The device cannot: go on one by one from now on.
-	s.gso.Store(false)
+	// The device cannot: go on one by one from now on. Unless it is the size of
+	// a datagram that is refused, which says nothing about trains.
 	for _, b := range datagrams {
 		if err := s.writeOne(to, b); err != nil {
 			return err
 		}
 	}
+	s.gso.Store(false)
 	return nil
 }
 
 // passing reports whether an error of a write says nothing about the
-// destination: the system is short of buffers, or the datagram too large.
+// destination: the system is short of buffers.
 func passing(err error) bool {
-	return errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.EAGAIN) ||
-		errors.Is(err, syscall.EMSGSIZE) || errors.Is(err, syscall.EINTR)
+	return errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EINTR)
 }

@@ -26,6 +26,21 @@ func offload(u *net.UDPConn) (gso, gro bool) {
 	return gso, gro
 }
 
+// dontFragment makes datagrams larger than a link on their way vanish, so that
+// padded pings tell what passes, and pieces of datagrams never travel. The size
+// of the local link is respected, ICMP messages are not believed.
+func dontFragment(u *net.UDPConn) {
+	rc, err := u.SyscallConn()
+	if err != nil {
+		return
+	}
+	rc.Control(func(fd uintptr) {
+		// The one that does not fit the socket's family fails, to no harm.
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE)
+		unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
+	})
+}
+
 // forceBuffers goes past the system's limit where the process may.
 func forceBuffers(u *net.UDPConn, n int) {
 	rc, err := u.SyscallConn()

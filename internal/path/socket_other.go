@@ -10,6 +10,9 @@ const oobLen = 0
 
 func offload(*net.UDPConn) (gso, gro bool) { return false, false }
 
+// Fragments are left to the system's default.
+func dontFragment(*net.UDPConn) {}
+
 func forceBuffers(*net.UDPConn, int) {}
 
 func segmentControl(b []byte, _ uint16) []byte { return b[:0] }
