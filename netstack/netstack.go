@@ -198,22 +198,52 @@ func (s *Stack) Reject(f Flow, err error) bool {
 	if f.Proto != TCP || !f.Local.IsValid() || !f.Remote.IsValid() {
 		return false
 	}
-	id := stack.TransportEndpointID{
-		LocalAddress:  toAddress(f.Local.Addr()),
-		LocalPort:     f.Local.Port(),
-		RemoteAddress: toAddress(f.Remote.Addr()),
-		RemotePort:    f.Remote.Port(),
-	}
 	// gVisor registers the endpoint under its full address before it sends the
 	// first SYN, so the dial is found even if Connect has not returned.
-	ep, ok := s.st.FindTransportEndpoint(protocolOf(f.Local.Addr()), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
-	if !ok || !connecting(ep) || flowOf(ep) != f {
+	ep := s.endpoint(f)
+	if ep == nil || !connecting(ep) {
 		return false
 	}
 	s.mu.Lock()
 	d := s.dials[ep]
 	s.mu.Unlock()
 	return d != nil && d.reject(err)
+}
+
+// endpoint finds the TCP endpoint of f, which is unmapped and valid; nil if
+// there is none.
+func (s *Stack) endpoint(f Flow) *tcp.Endpoint {
+	id := stack.TransportEndpointID{
+		LocalAddress:  toAddress(f.Local.Addr()),
+		LocalPort:     f.Local.Port(),
+		RemoteAddress: toAddress(f.Remote.Addr()),
+		RemotePort:    f.Remote.Port(),
+	}
+	ep, ok := s.st.FindTransportEndpoint(protocolOf(f.Local.Addr()), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
+	if !ok || flowOf(ep) != f {
+		return nil // a listener matches, too
+	}
+	return ep
+}
+
+// AbortFlow is Abort for one flow, at a cost that does not depend on how many
+// there are. It reports whether there was such a connection, dial or connected
+// UDP socket.
+func (s *Stack) AbortFlow(f Flow, err error) bool {
+	f = f.unmap()
+	switch {
+	case !f.Local.IsValid() || !f.Remote.IsValid():
+		return false
+	case f.Proto == UDP:
+		s.mu.Lock()
+		u := s.flows[f]
+		s.mu.Unlock()
+		return u != nil && u.abort(err)
+	case f.Proto != TCP:
+		return false
+	}
+	ep := s.endpoint(f)
+	return ep != nil && s.abort(ep, err)
 }
 
 // Abort ends everything that match selects: live TCP connections (a reset is sent
@@ -228,30 +258,8 @@ func (s *Stack) Abort(match func(Flow) bool, err error) int {
 		if !ok {
 			continue
 		}
-		switch tcp.EndpointState(ep.State()) {
-		case tcp.StateInitial, tcp.StateBound, tcp.StateListen, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
-			continue
-		}
-		if !match(flowOf(ep)) {
-			continue
-		}
-		n++
-		s.mu.Lock()
-		c, d := s.conns[ep], s.dials[ep]
-		s.mu.Unlock()
-		if d != nil && d.reject(err) {
-			continue // its goroutine closes the endpoint
-		}
-		if c != nil {
-			c.fail(err)
-		}
-		ep.Abort()
-		// It may have been accepted, or its dial completed, in between.
-		s.mu.Lock()
-		c = s.conns[ep]
-		s.mu.Unlock()
-		if c != nil {
-			c.fail(err)
+		if live(ep) && match(flowOf(ep)) && s.abort(ep, err) {
+			n++
 		}
 	}
 	s.mu.Lock()
@@ -266,6 +274,40 @@ func (s *Stack) Abort(match func(Flow) bool, err error) int {
 		}
 	}
 	return n
+}
+
+// live reports whether ep is a connection that has not ended.
+func live(ep *tcp.Endpoint) bool {
+	switch tcp.EndpointState(ep.State()) {
+	case tcp.StateInitial, tcp.StateBound, tcp.StateListen, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
+		return false
+	}
+	return true
+}
+
+// abort ends a connection or dial, and reports whether it had not ended before.
+func (s *Stack) abort(ep *tcp.Endpoint, err error) bool {
+	if !live(ep) {
+		return false
+	}
+	s.mu.Lock()
+	c, d := s.conns[ep], s.dials[ep]
+	s.mu.Unlock()
+	if d != nil && d.reject(err) {
+		return true // its goroutine closes the endpoint
+	}
+	if c != nil {
+		c.fail(err)
+	}
+	ep.Abort()
+	// It may have been accepted, or its dial completed, in between.
+	s.mu.Lock()
+	c = s.conns[ep]
+	s.mu.Unlock()
+	if c != nil {
+		c.fail(err)
+	}
+	return true
 }
 
 // Close resets all connections, closes all listeners and sockets (their

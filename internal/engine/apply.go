@@ -31,7 +31,7 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 	old := e.Map()
 	for _, p := range d.Removed {
 		keys = append(keys, p.Key)
-		cut = append(cut, cutOff{p, "it has left the mesh or may no longer be reached"})
+		cut = append(cut, cutOff{p, reasonLeft, filter.WithdrawnFromMember})
 	}
 	for _, c := range d.Changed {
 		keys = append(keys, c.New.Key)
@@ -45,8 +45,8 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 			}
 		}
 		moving = append(moving, taken(old, c.New)...)
-		if why := lessThanBefore(c); why != "" {
-			cut = append(cut, cutOff{c.Old, why})
+		if why, told := lessThanBefore(c); why != "" {
+			cut = append(cut, cutOff{c.Old, why, told})
 		}
 	}
 	for _, p := range d.Added {
@@ -70,17 +70,9 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 			errs = append(errs, fmt.Errorf("set own addresses: %w", err))
 		}
 	}
-	var refused []filter.Flow
-	if d.Full || d.Self || d.Filter || d.Policy {
-		rules, err := filter.Compile(m.Filter(), m.PolicyVersion(), ownPrefixes(m))
-		if err != nil {
-			// A filter that cannot be understood lets nothing in.
-			errs = append(errs, fmt.Errorf("packet filter refused, nothing is let in: %w", err))
-			rules = nil
-		} else if s := rules.Skipped(); len(s) > 0 {
-			e.log.Warn("parts of the packet filter are not understood and allow nothing", zap.Strings("parts", s))
-		}
-		refused = e.filter.Swap(rules)
+	refused, err := e.swapRules(m, d, rekeyed)
+	if err != nil {
+		errs = append(errs, err)
 	}
 	e.reset(m, refused, cut)
 	if len(moving) > 0 {
@@ -107,6 +99,49 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 	return nil
 }
 
+// swapRules puts the rules of m in force if d may have changed them, and returns
+// the flows that they refuse.
+func (e *Engine) swapRules(m *netmap.Map, d netmap.Delta, rekeyed [][2]identity.NodePublic) (refused []filter.Flow, err error) {
+	switch {
+	case d.Full || d.Self || d.Filter || d.Policy:
+		e.rules, err = filter.Compile(m.Filter(), m.PolicyVersion(), ownPrefixes(m))
+		if err != nil {
+			// A filter that cannot be understood lets nothing in.
+			return e.filter.Swap(nil), fmt.Errorf("packet filter refused, nothing is let in: %w", err)
+		}
+		if s := e.rules.Skipped(); len(s) > 0 {
+			e.log.Warn("parts of the packet filter are not understood and allow nothing", zap.Strings("parts", s))
+		}
+	case e.rules == nil || len(e.rules.Capabilities()) == 0 || len(d.Added)+len(d.Changed)+len(d.Removed) == 0:
+		return nil, nil
+	}
+	return e.filter.Swap(e.rules.WithPeers(peerCaps(m, e.rules.Capabilities(), rekeyed))), nil
+}
+
+// peerCaps tells which peers have the capabilities that rules ask for. A peer
+// whose key changes has them by both keys until its flows have moved.
+func peerCaps(m *netmap.Map, names []string, rekeyed [][2]identity.NodePublic) filter.Peers {
+	if len(names) == 0 {
+		return filter.Peers{}
+	}
+	caps := make(map[string]map[identity.NodePublic]bool, len(names))
+	for _, name := range names {
+		has := make(map[identity.NodePublic]bool)
+		for p := range m.Peers() {
+			if _, ok := p.CapMap[name]; ok || slices.Contains(p.Node.Capabilities, name) {
+				has[p.Key] = true
+			}
+		}
+		for _, k := range rekeyed {
+			if has[k[1]] {
+				has[k[0]] = true
+			}
+		}
+		caps[name] = has
+	}
+	return filter.Peers{Caps: caps}
+}
+
 // taken returns the addresses of p that somebody else holds in old: an address
 // of its own, or one that a wider route covered.
 func taken(old *netmap.Map, p *netmap.Peer) []netip.Prefix {
@@ -129,61 +164,66 @@ func (e *Engine) barrier() {
 // cutOff is a peer whose connections end.
 type cutOff struct {
 	peer *netmap.Peer
-	why  string
+	why  string            // for this end
+	told filter.Withdrawal // for the other one
 }
 
 // lessThanBefore says why connections that a peer opened as what it was must
 // not live on as what it is; "" if they may.
-func lessThanBefore(c netmap.Change) string {
+func lessThanBefore(c netmap.Change) (why string, told filter.Withdrawal) {
 	if c.Old.StableID != c.New.StableID {
-		return "it is another node now"
+		return "it is another node now", filter.WithdrawnFromMember
 	}
 	if c.Old.User != c.New.User {
-		return "it changed its owner"
+		return "it changed its owner", filter.WithdrawnFromOwner
 	}
 	for _, t := range c.Old.Tags {
 		if !slices.Contains(c.New.Tags, t) {
-			return "it lost " + t
+			return "it lost " + t, filter.WithdrawnFromOwner
 		}
 	}
 	if c.New.IsJailed && !c.Old.IsJailed {
-		return "it may not begin connections any more"
+		return "it may not begin connections any more", filter.WithdrawnByPolicy
 	}
 	if c.New.Expired && !c.Old.Expired {
-		return "its key expired"
+		return reasonExpired, filter.WithdrawnExpired
 	}
-	return ""
+	return "", 0
 }
 
 // reset cuts flows that the new filter refused and all flows of cut-off peers.
+// The peers are told first, so that both ends know why.
 func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
-	old := e.Map()
+	old, version := e.Map(), next.PolicyVersion()
 	type flowKey struct {
 		proto         uint8
 		local, remote netip.AddrPort
 	}
-	byPeer := map[identity.NodePublic]map[flowKey]bool{}
+	byPeer := map[identity.NodePublic][]filter.Flow{}
 	for _, f := range refused {
-		if byPeer[f.Peer] == nil {
-			byPeer[f.Peer] = map[flowKey]bool{}
-		}
-		byPeer[f.Peer][flowKey{f.Proto, f.Local, f.Remote}] = true
+		byPeer[f.Peer] = append(byPeer[f.Peer], f)
 	}
 	// Who is cut off hears that, although its flows were refused as well.
 	for _, c := range cut {
-		e.filter.Forget(c.peer.Key)
-		err := &RevokedError{Peer: old.Identity(c.peer), Policy: next.PolicyVersion(), Reason: c.why}
+		gone := append(byPeer[c.peer.Key], e.filter.Forget(c.peer.Key)...)
+		delete(byPeer, c.peer.Key)
+		e.tellOver(c.peer.Key, gone, c.told, version)
 		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
 			return contains(c.peer.AllowedIPs, remote.Addr())
-		}, err)
+		}, &RevokedError{Peer: old.Identity(c.peer), Policy: version, Reason: c.why})
 	}
 	for key, flows := range byPeer {
-		err := &RevokedError{Policy: next.PolicyVersion(), Reason: "the policy no longer allows it"}
+		e.tellOver(key, flows, filter.WithdrawnByPolicy, version)
+		ended := make(map[flowKey]bool, len(flows))
+		for _, f := range flows {
+			ended[flowKey{f.Proto, f.Local, f.Remote}] = true
+		}
+		err := &RevokedError{Policy: version, Reason: reasonPolicy}
 		if p, ok := old.Peer(key); ok {
 			err.Peer = old.Identity(p)
 		}
 		e.link.Abort(func(proto uint8, local, remote netip.AddrPort) bool {
-			return flows[flowKey{proto, local, remote}]
+			return ended[flowKey{proto, local, remote}]
 		}, err)
 	}
 }

@@ -39,6 +39,8 @@ type Link interface {
 	Reject(proto uint8, local, remote netip.AddrPort, err error) bool
 	// Abort resets the connections that match, which then fail with err.
 	Abort(match func(proto uint8, local, remote netip.AddrPort) bool, err error) int
+	// AbortFlow is Abort for one flow; it reports whether there was one.
+	AbortFlow(proto uint8, local, remote netip.AddrPort, err error) bool
 }
 
 // Config is what an Engine is made from.
@@ -81,7 +83,8 @@ type Engine struct {
 	// blocked holds addresses that are changing hands while Apply runs.
 	blocked atomic.Pointer[[]netip.Prefix]
 
-	applying sync.Mutex // serialises Apply
+	applying sync.Mutex    // serialises Apply; guards rules
+	rules    *filter.Rules // as compiled last, nil if none are in force
 
 	rejections [64]*rate.Limiter // bound the rejections sent to peers; see mayTell
 	seed       maphash.Seed      // which limit a peer has
@@ -186,7 +189,7 @@ func (e *Engine) Admitted(proto uint8, local, remote netip.AddrPort) (*netmap.Ma
 	key, rule, ok := e.filter.Origin(filter.Flow{Proto: proto, Local: local, Remote: remote})
 	e.judging.RUnlock()
 	p, known := m.PeerByAddr(remote.Addr())
-	if !ok || !known || p.Key != key {
+	if !ok || !known || p.Key != key || p.Expired {
 		return m, nil, identity.Rule{}, false
 	}
 	return m, p, rule, true
@@ -194,7 +197,7 @@ func (e *Engine) Admitted(proto uint8, local, remote netip.AddrPort) (*netmap.Ma
 
 func (e *Engine) lookupTunnel(k identity.NodePublic) (tunnel.Peer, bool) {
 	p, ok := e.Map().Peer(k)
-	if !ok {
+	if !ok || p.Expired {
 		return tunnel.Peer{}, false
 	}
 	return tunnel.Peer{Key: k, AllowedIPs: p.AllowedIPs}, true
@@ -202,7 +205,7 @@ func (e *Engine) lookupTunnel(k identity.NodePublic) (tunnel.Peer, bool) {
 
 func (e *Engine) lookupPath(k identity.NodePublic) (path.Peer, bool) {
 	p, ok := e.Map().Peer(k)
-	if !ok {
+	if !ok || p.Expired {
 		return path.Peer{}, false
 	}
 	return pathPeer(p), true
@@ -211,7 +214,9 @@ func (e *Engine) lookupPath(k identity.NodePublic) (path.Peer, bool) {
 func (e *Engine) lookupDisco(d identity.DiscoPublic) []path.Peer {
 	var out []path.Peer
 	for _, p := range e.Map().PeersByDisco(d) {
-		out = append(out, pathPeer(p))
+		if !p.Expired {
+			out = append(out, pathPeer(p))
+		}
 	}
 	return out
 }

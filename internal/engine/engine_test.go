@@ -135,7 +135,7 @@ func TestForgedRejection(t *testing.T) {
 	cnode := wireNode(3, c)
 	a.update(&wire.MapResponse{PeersChanged: []*wire.Node{cnode}})
 	dialled := filter.Packet{Proto: tcp, Src: port(a.four, 1000), Dst: port(b.four, 80)}
-	forged := filter.AppendRejected(nil, &dialled, filter.RejectedPolicy)
+	forged := filter.AppendRejected(nil, &dialled, filter.RejectedPolicy, 0)
 	a.deliver(c, forged)
 	if len(a.link.rejected) != 0 || a.e.Dropped().Spoofed != 1 {
 		t.Errorf("believed %v, %+v", a.link.rejected, a.e.Dropped())
@@ -143,7 +143,7 @@ func TestForgedRejection(t *testing.T) {
 	// A rejection speaks for its sender's address alone.
 	own := dialled
 	own.Dst = port(cnode.Addresses[0].Addr(), 80)
-	a.deliver(c, filter.AppendRejected(nil, &own, filter.RejectedPolicy))
+	a.deliver(c, filter.AppendRejected(nil, &own, filter.RejectedPolicy, 0))
 	for f, err := range a.link.rejected {
 		var denied *DeniedError
 		if f.remote != own.Dst || !errors.As(err, &denied) || denied.Peer.Key != c {

@@ -11,7 +11,7 @@ import (
 
 // counters count packets that went nowhere.
 type counters struct {
-	malformed, noPeer, spoofed, told, untold atomic.Uint64
+	malformed, noPeer, spoofed, told, untold, refused atomic.Uint64
 }
 
 // Dropped counts packets that were dropped, by cause.
@@ -21,6 +21,10 @@ type Dropped struct {
 	Spoofed   uint64 // from an address that is not the sender's, or is changing hands
 	Filtered  uint64 // not allowed in
 	Rejected  uint64 // not allowed in, and the sender was told
+	Held      uint64 // own datagrams of a flow that is no longer allowed
+	// Refused counts refusals by peers that nobody waits for: of what a
+	// PacketConn sent.
+	Refused uint64
 }
 
 // Dropped returns the counts since the start.
@@ -31,6 +35,8 @@ func (e *Engine) Dropped() Dropped {
 		Spoofed:   e.counts.spoofed.Load() + e.tunnel.Stats().DropSource,
 		Filtered:  e.filter.Stats().Dropped + e.counts.untold.Load(),
 		Rejected:  e.counts.told.Load(),
+		Held:      e.filter.Stats().Held,
+		Refused:   e.counts.refused.Load(),
 	}
 }
 
@@ -67,7 +73,7 @@ func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok b
 		a := pkt.Dst.Addr()
 		if i == 0 {
 			p, ok := e.Map().PeerByAddr(a)
-			if !ok {
+			if !ok || p.Expired {
 				e.counts.noPeer.Add(1)
 				return to, 1, false
 			}
@@ -112,7 +118,7 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		if a := pkt.Src.Addr(); a != src {
 			src = a
 			p, ok := m.PeerByAddr(a)
-			owned = ok && p.Key == from && !(blocked != nil && contains(*blocked, a))
+			owned = ok && p.Key == from && !p.Expired && !(blocked != nil && contains(*blocked, a))
 			jailed = ok && p.IsJailed
 		}
 		if !owned {
@@ -134,13 +140,23 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 				continue
 			}
 			e.counts.told.Add(1)
-			rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy))
+			if v.Withdrawn {
+				f := filter.Flow{Proto: pkt.Proto, Local: pkt.Dst, Remote: pkt.Src}
+				rejected = append(rejected, filter.AppendWithdrawn(nil, f, filter.WithdrawnByPolicy, v.Policy))
+				continue
+			}
+			rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy, v.Policy))
 		case filter.Control:
 			control = append(control, b)
 		}
 	}
 	e.judging.RUnlock()
 
+	// Messages first: one that ends a connection says more than the reset that
+	// follows it.
+	for _, b := range control {
+		e.control(from, b)
+	}
 	if len(accepted) > 0 {
 		e.link.In(accepted)
 	}
@@ -149,9 +165,6 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 	e.scratch.Put(scratch)
 	if len(rejected) > 0 {
 		_ = e.tunnel.Send(from, rejected)
-	}
-	for _, b := range control {
-		e.control(from, b)
 	}
 }
 
@@ -191,8 +204,9 @@ func (e *Engine) control(from identity.NodePublic, b []byte) {
 }
 
 // rejectedBy hands a peer's refusal to whoever waits for that connection. It is
-// believed only from the peer that owns the dialled address, and the stack
-// believes it only for a connection that is still pending.
+// believed only from the peer that owns the address at the other end, and for a
+// connection that is pending; that one is over which was allowed is believed
+// also of an established one, which the peer could reset as well.
 func (e *Engine) rejectedBy(from identity.NodePublic, r filter.Rejected) {
 	m := e.Map()
 	p, ok := m.PeerByAddr(r.Dst.Addr())
@@ -200,18 +214,68 @@ func (e *Engine) rejectedBy(from identity.NodePublic, r filter.Rejected) {
 		e.counts.spoofed.Add(1)
 		return
 	}
+	if r.Proto != filter.ProtoTCP && r.Proto != filter.ProtoUDP || r.MaybeBroken {
+		return // nothing of ours, or nothing that is sure
+	}
+	if r.Withdrawn != 0 {
+		err := &RevokedError{Peer: m.Identity(p), Policy: r.Policy, Reason: withdrawal(r.Withdrawn)}
+		if !e.link.AbortFlow(r.Proto, r.Src, r.Dst, err) {
+			e.counts.refused.Add(1)
+		}
+		e.filter.Close(filter.Flow{Proto: r.Proto, Local: r.Src, Remote: r.Dst})
+		return
+	}
 	reason := "not allowed by policy"
-	if r.Reason == filter.RejectedShields {
+	switch r.Reason {
+	case filter.RejectedShields:
 		reason = "it accepts no connections at present"
+	case filter.RejectedRouting:
+		reason = "it forwards nothing at present"
+	case filter.RejectedFirewall:
+		reason = "the firewall of its host blocks it"
 	}
 	proto := "tcp"
 	if r.Proto == filter.ProtoUDP {
 		proto = "udp"
 	}
-	e.link.Reject(r.Proto, r.Src, r.Dst, &DeniedError{
+	told := e.link.Reject(r.Proto, r.Src, r.Dst, &DeniedError{
 		Peer:   m.Identity(p),
 		Proto:  proto,
 		Port:   r.Dst.Port(),
+		Policy: r.Policy,
 		Reason: reason,
 	})
+	if !told {
+		e.counts.refused.Add(1)
+	}
+}
+
+// withdrawal says what a peer means that ends a connection with this node.
+func withdrawal(w filter.Withdrawal) string {
+	switch w {
+	case filter.WithdrawnFromOwner:
+		return reasonSelfOwner
+	case filter.WithdrawnExpired:
+		return reasonSelfExpiry
+	case filter.WithdrawnFromMember:
+		return reasonSelfLeft
+	}
+	return reasonPolicy
+}
+
+// tellOver tells a peer which flows with it are over. It is heard before the
+// resets, which are sent after it.
+func (e *Engine) tellOver(peer identity.NodePublic, flows []filter.Flow, why filter.Withdrawal, policy int64) {
+	const most = 64 // per batch
+	batch := make([][]byte, 0, min(len(flows), most))
+	for i, f := range flows {
+		if f.Proto == filter.ProtoTCP || f.Proto == filter.ProtoUDP {
+			batch = append(batch, filter.AppendWithdrawn(nil, f, why, policy))
+		}
+		if len(batch) == most || i == len(flows)-1 && len(batch) > 0 {
+			// An error means that it cannot be reached, and will find out.
+			_ = e.tunnel.Send(peer, batch)
+			batch = batch[:0]
+		}
+	}
 }

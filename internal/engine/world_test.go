@@ -93,6 +93,21 @@ func (l *fakeLink) Abort(match func(uint8, netip.AddrPort, netip.AddrPort) bool,
 	return n
 }
 
+func (l *fakeLink) AbortFlow(proto uint8, local, remote netip.AddrPort, err error) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f := flow{proto, local, remote}
+	was, ok := l.flows[f]
+	if ok && was == nil {
+		l.flows[f] = err
+		if l.told != nil {
+			l.told <- f
+		}
+		return true
+	}
+	return false
+}
+
 func (l *fakeLink) count() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -3,6 +3,7 @@ package filter
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -214,6 +215,10 @@ func (r *Rules) Skipped() []string { return r.skipped }
 
 // Version is the policy version that the rules come from, 0 if unknown.
 func (r *Rules) Version() int64 { return r.version }
+
+// Capabilities lists the node capabilities that "cap:" sources of the rules
+// name, see Peers.Caps.
+func (r *Rules) Capabilities() []string { return slices.Sorted(maps.Keys(r.caps)) }
 
 // WithPeers returns the same rules with knowledge about peers. Without it no
 // peer is jailed and "cap:" sources match nobody.

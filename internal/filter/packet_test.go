@@ -305,7 +305,9 @@ func FuzzParseTSMP(f *testing.F) {
 	p := mk{proto: ProtoTCP, src: "100.64.0.2:4000", dst: "100.64.0.1:22"}
 	var q Packet
 	q.Decode(p.build())
-	f.Add(AppendRejected(nil, &q, RejectedPolicy)[20:])
+	f.Add(AppendRejected(nil, &q, RejectedPolicy, 0)[20:])
+	f.Add(AppendRejected(nil, &q, RejectedPolicy, 7)[20:])
+	f.Add(AppendWithdrawn(nil, Flow{Proto: ProtoUDP, Local: q.Dst, Remote: q.Src}, WithdrawnExpired, 1<<40)[20:])
 	f.Add([]byte("p12345678"))
 	f.Add([]byte("o12345678\x00\x01"))
 	f.Fuzz(func(t *testing.T, body []byte) {
@@ -322,7 +324,7 @@ func TestTSMP(t *testing.T) {
 		{proto: ProtoUDP, src: "[fd7a::2]:4000", dst: "[fd7a::1]:22"},
 	} {
 		denied := m.packet(t)
-		wire := AppendRejected(nil, denied, RejectedPolicy)
+		wire := AppendRejected(nil, denied, RejectedPolicy, 0)
 		var p Packet
 		if err := p.Decode(wire); err != nil {
 			t.Fatal(err)
@@ -347,12 +349,43 @@ func TestTSMP(t *testing.T) {
 				t.Errorf("cut to %d bytes: %v", n-head, err)
 			}
 		}
-		p.Payload = append(wire[head:], 1, 2) // a newer node's flags
-		if _, err := ParseTSMP(&p); err != nil {
-			t.Errorf("longer than known: %v", err)
+		p.Payload = append(wire[head:], 1, 2) // flags, and what a newer node adds
+		want.MaybeBroken = true
+		if got, err := ParseTSMP(&p); err != nil || got.Rejected != want {
+			t.Errorf("longer than known: %+v, %v", got, err)
+		}
+		want.MaybeBroken = false
+
+		// What nodes of ours add: a stock node reads the first 8 bytes alone,
+		// and finds what it would have said itself.
+		long := AppendRejected(nil, denied, RejectedPolicy, 1<<40+7)
+		if string(long[head:head+7]) != string(wire[head:]) || long[head+7] != 0 {
+			t.Errorf("a stock node would read %x", long[head:])
+		}
+		want.Policy = 1<<40 + 7
+		p.Payload = long[head:]
+		if got, err := ParseTSMP(&p); err != nil || got.Rejected != want {
+			t.Errorf("got %+v, %v, want %+v", got, err, want)
+		}
+		for n := 7; n < len(long)-head; n++ {
+			p.Payload = long[head : head+n]
+			if got, err := ParseTSMP(&p); err != nil || got.Rejected.Policy != 0 || got.Rejected.Withdrawn != 0 {
+				t.Errorf("cut to %d bytes: %+v, %v", n, got, err)
+			}
+		}
+		p.Payload = append([]byte(nil), long[head:]...)
+		copy(p.Payload[8:], "hsem") // another's addition
+		if got, _ := ParseTSMP(&p); got.Rejected.Policy != 0 {
+			t.Errorf("read what is not ours: %+v", got)
+		}
+		over := AppendWithdrawn(nil, Flow{Proto: m.proto, Local: denied.Dst, Remote: denied.Src}, WithdrawnFromOwner, 0)
+		p.Payload = over[head:]
+		want.Policy, want.Withdrawn = 0, WithdrawnFromOwner
+		if got, err := ParseTSMP(&p); err != nil || got.Rejected != want {
+			t.Errorf("got %+v, %v, want %+v", got, err, want)
 		}
 	}
-	if got := string(AppendRejected(nil, mk{proto: ProtoTCP, src: "100.64.0.2:258", dst: "100.64.0.1:772"}.packet(t), 'S')[20:]); got != "!\x06S\x01\x02\x03\x04" {
+	if got := string(AppendRejected(nil, mk{proto: ProtoTCP, src: "100.64.0.2:258", dst: "100.64.0.1:772"}.packet(t), 'S', 0)[20:]); got != "!\x06S\x01\x02\x03\x04" {
 		t.Errorf("wire form %q", got)
 	}
 	var p Packet

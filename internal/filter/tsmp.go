@@ -4,28 +4,55 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 )
 
 // Messages between nodes inside the tunnel (TSMP) are IP packets of protocol
 // 99. Their first payload byte is the type:
 //
-//	'!'  rejected: protocol, reason, source port, destination port
+//	'!'  rejected: protocol, reason, source port, destination port, flags
 //	'p'  ping: 8 bytes of data
 //	'o'  pong: the same 8 bytes, port of the peer API
 //
 // Numbers are big endian. Longer messages of newer nodes are read as far as
-// they are known.
+// they are known. The flags of a rejection are optional; the lowest bit says
+// that the sender only suspects that the connection cannot work.
+//
+// Nodes of ours say more behind the flags, where stock nodes do not look:
+// "mesh", one byte of what happened (see Withdrawal), and the version of the
+// policy in 8 bytes. Without a version and a withdrawal nothing is added, and a
+// rejection is the stock one byte for byte.
 const (
 	tsmpRejected = '!'
 	tsmpPing     = 'p'
 	tsmpPong     = 'o'
+
+	rejectedLen  = 7 // without flags
+	maybeBroken  = 1 // flag
+	extraMagic   = "mesh"
+	extraAt      = rejectedLen + 1
+	extraLen     = len(extraMagic) + 1 + 8
+	rejectedFull = extraAt + extraLen
 )
 
 // Reasons of rejections.
 const (
-	RejectedPolicy  = 'A' // no rule allows it
-	RejectedShields = 'S' // the node lets nobody in
+	RejectedPolicy   = 'A' // no rule allows it
+	RejectedShields  = 'S' // the node lets nobody in
+	RejectedRouting  = 'F' // the node carries no traffic for others at present
+	RejectedFirewall = 'W' // the firewall of its host blocks it
+)
+
+// Withdrawal says why a flow that was allowed is no longer.
+type Withdrawal uint8
+
+// Withdrawals. The zero value is none: the packet was never allowed.
+const (
+	WithdrawnByPolicy   Withdrawal = 1 // the policy no longer allows it
+	WithdrawnFromOwner  Withdrawal = 2 // the peer's owner or tags changed
+	WithdrawnExpired    Withdrawal = 3 // the peer's key expired
+	WithdrawnFromMember Withdrawal = 4 // the peer may not be reached any more
 )
 
 // ErrTSMP reports a message between nodes that cannot be read.
@@ -35,6 +62,13 @@ var ErrTSMP = errors.New("malformed message between nodes")
 type Rejected struct {
 	Proto  uint8
 	Reason byte
+	// MaybeBroken is a warning: the connection may work all the same.
+	MaybeBroken bool
+	// Withdrawn is not zero if the packet is of a flow that was allowed until
+	// now, which is over.
+	Withdrawn Withdrawal
+	// Policy is the version of the sender's policy, 0 = it does not say.
+	Policy int64
 	// Src and Dst are those of the packet that was not let in: Src is the
 	// receiver of this message, Dst its sender.
 	Src, Dst netip.AddrPort
@@ -58,7 +92,7 @@ func ParseTSMP(p *Packet) (Message, error) {
 	}
 	switch b[0] {
 	case tsmpRejected:
-		if len(b) < 7 || b[1] == 0 {
+		if len(b) < rejectedLen || b[1] == 0 {
 			return m, ErrTSMP
 		}
 		m.Rejected = Rejected{
@@ -66,6 +100,16 @@ func ParseTSMP(p *Packet) (Message, error) {
 			Reason: b[2],
 			Src:    netip.AddrPortFrom(p.Dst.Addr(), binary.BigEndian.Uint16(b[3:])),
 			Dst:    netip.AddrPortFrom(p.Src.Addr(), binary.BigEndian.Uint16(b[5:])),
+		}
+		if len(b) > rejectedLen {
+			m.Rejected.MaybeBroken = b[rejectedLen]&maybeBroken != 0
+		}
+		if len(b) >= rejectedFull && string(b[extraAt:extraAt+len(extraMagic)]) == extraMagic {
+			extra := b[extraAt+len(extraMagic):]
+			m.Rejected.Withdrawn = Withdrawal(extra[0])
+			if v := binary.BigEndian.Uint64(extra[1:]); v <= math.MaxInt64 {
+				m.Rejected.Policy = int64(v)
+			}
 		}
 	case tsmpPing:
 		if len(b) < 9 {
@@ -89,13 +133,31 @@ func ParseTSMP(p *Packet) (Message, error) {
 }
 
 // AppendRejected appends to b the IP packet that tells the sender of p that it
-// was not let in. The reason is one of the Rejected constants.
-func AppendRejected(b []byte, p *Packet, reason byte) []byte {
-	var body [7]byte
-	body[0], body[1], body[2] = tsmpRejected, p.Proto, reason
-	binary.BigEndian.PutUint16(body[3:], p.Src.Port())
-	binary.BigEndian.PutUint16(body[5:], p.Dst.Port())
-	return append(appendIP(b, p.Dst.Addr(), p.Src.Addr(), len(body)), body[:]...)
+// was not let in. The reason is one of the Rejected constants, policy the
+// version of the policy that decided, 0 if that is unknown.
+func AppendRejected(b []byte, p *Packet, reason byte, policy int64) []byte {
+	return appendRejected(b, p.Proto, p.Src, p.Dst, reason, 0, policy)
+}
+
+// AppendWithdrawn appends the IP packet that tells the peer of a flow that it
+// is over, whichever side began it.
+func AppendWithdrawn(b []byte, f Flow, why Withdrawal, policy int64) []byte {
+	return appendRejected(b, f.Proto, f.Remote, f.Local, RejectedPolicy, why, policy)
+}
+
+func appendRejected(b []byte, proto uint8, src, dst netip.AddrPort, reason byte, why Withdrawal, policy int64) []byte {
+	var body [rejectedFull]byte
+	body[0], body[1], body[2] = tsmpRejected, proto, reason
+	binary.BigEndian.PutUint16(body[3:], src.Port())
+	binary.BigEndian.PutUint16(body[5:], dst.Port())
+	n := rejectedLen
+	if policy > 0 || why != 0 {
+		copy(body[extraAt:], extraMagic)
+		body[extraAt+len(extraMagic)] = byte(why)
+		binary.BigEndian.PutUint64(body[extraAt+len(extraMagic)+1:], uint64(max(policy, 0)))
+		n = rejectedFull
+	}
+	return append(appendIP(b, dst.Addr(), src.Addr(), n), body[:n]...)
 }
 
 // AppendPing appends the IP packet of a ping.

@@ -196,6 +196,10 @@ func (l link) Abort(match func(proto uint8, local, remote netip.AddrPort) bool, 
 	return l.Stack.Abort(func(f netstack.Flow) bool { return match(f.Proto, f.Local, f.Remote) }, err)
 }
 
+func (l link) AbortFlow(proto uint8, local, remote netip.AddrPort, err error) bool {
+	return l.Stack.AbortFlow(netstack.Flow{Proto: proto, Local: local, Remote: remote}, err)
+}
+
 // Wait waits until the session is up or has ended. When ctx ends first the
 // error says what is being waited for.
 func (s *Session) Wait(ctx context.Context) error {
