@@ -17,16 +17,22 @@ type Node struct {
 	User string
 	// Email is the owner's e-mail address where the login name is another.
 	Email string
+	// Role is the owner's role, as autogroups name it: "admin", "owner",
+	// "network-admin"… Empty means none of these.
+	Role  string
 	Tags  []string
 	Addrs []netip.Addr
 	// Routes are the approved routes that the node advertises. Default routes
 	// are special: no address is a source or destination because it lies behind
 	// one, and only "*" and "autogroup:internet" as destinations show them.
 	Routes []netip.Prefix
+	// Offline says that the node cannot route now: another router of the same
+	// network is preferred.
+	Offline bool
 }
 
 func (n *Node) equal(o *Node) bool {
-	return n.User == o.User && n.Email == o.Email && slices.Equal(n.Tags, o.Tags) &&
+	return n.User == o.User && n.Email == o.Email && n.Role == o.Role && n.Offline == o.Offline && slices.Equal(n.Tags, o.Tags) &&
 		slices.Equal(n.Addrs, o.Addrs) && slices.Equal(n.Routes, o.Routes)
 }
 
@@ -41,12 +47,15 @@ type Compiled struct {
 	bySel map[selector]*selSet
 	users map[userRef][]*selSet // those that match the user: its own, and groups
 	nets  []*selSet             // of networks
+	vias  []*selSet             // of networks behind routers with a tag
+	noVia bool                  // no grant says which way to go
 	rules []rule
 
-	nodes  map[wire.NodeID]*node
-	slots  []*node // nil where free
-	free   []int
-	byUser map[userRef]*bitset // untagged nodes
+	nodes   map[wire.NodeID]*node
+	slots   []*node // nil where free
+	free    []int
+	byUser  map[userRef]*bitset      // untagged nodes
+	routers map[netip.Prefix]*bitset // of each approved route
 }
 
 // selSet is a selector with the nodes that it matches.
@@ -76,7 +85,7 @@ type srcList struct {
 }
 
 type rule struct {
-	acl  *acl
+	*access
 	src  *srcList
 	dsts []*selSet
 }
@@ -91,8 +100,10 @@ type node struct {
 // Compile applies a policy to nodes. A nil policy allows nothing.
 func Compile(p *Policy, nodes []Node) *Compiled {
 	c := &Compiled{
+		noVia: true,
 		bySel: make(map[selector]*selSet), users: make(map[userRef][]*selSet),
 		nodes: make(map[wire.NodeID]*node), byUser: make(map[userRef]*bitset),
+		routers: make(map[netip.Prefix]*bitset),
 	}
 	if p != nil {
 		c.build(p)
@@ -112,9 +123,9 @@ func (c *Compiled) build(p *Policy) {
 	lists := make(map[string]*srcList)
 	type pair struct{ src, dst int }
 	seen := make(map[pair]bool)
-	for i := range p.acls {
-		a := &p.acls[i]
-		r := rule{acl: a, src: c.srcList(p, a.srcs, lists)}
+	for i := range p.access {
+		a := &p.access[i]
+		r := rule{access: a, src: c.srcList(p, a.srcs, lists)}
 		for j, d := range a.dsts {
 			s := c.selSet(p, *d.sel)
 			r.dsts = append(r.dsts, s)
@@ -145,6 +156,11 @@ func (c *Compiled) selSet(p *Policy, sel selector) *selSet {
 		}
 	case kindPrefix:
 		c.nets = append(c.nets, s)
+	case kindVia:
+		c.vias = append(c.vias, s)
+		c.noVia = false
+	case kindViaNet:
+		c.noVia = false
 	}
 	return s
 }
@@ -198,6 +214,7 @@ func (c *Compiled) match(n *node) {
 		}
 	}
 	add(selector{kind: kindAll})
+	add(selector{kind: kindAnywhere})
 	switch {
 	case len(n.Tags) > 0:
 		add(selector{kind: kindTagged})
@@ -208,35 +225,54 @@ func (c *Compiled) match(n *node) {
 		n.user = canonicalUser(n.User)
 		add(selector{kind: kindMember})
 		add(selector{kind: kindSelf})
+		if n.Role != "" {
+			add(selector{kind: kindRole, name: n.Role})
+		}
 		n.sels = append(n.sels, c.users[n.user]...)
 		if email := canonicalUser(n.Email); email != "" && email != n.user {
 			n.sels = append(n.sels, c.users[email]...)
 		}
+		add(selector{kind: kindDomain, name: n.domain()})
 	}
-	if slices.ContainsFunc(n.Routes, func(r netip.Prefix) bool { return r.Bits() == 0 }) {
+	if slices.ContainsFunc(n.Routes, isDefault) {
 		add(selector{kind: kindInternet})
+		for _, t := range n.Tags {
+			add(selector{kind: kindViaNet, name: t})
+		}
 	}
 	for _, s := range c.nets {
 		if n.touches(s.prefix) {
 			n.sels = append(n.sels, s)
 		}
 	}
+	for _, s := range c.vias {
+		if slices.Contains(n.Tags, s.name) && n.routes(s.prefix) {
+			n.sels = append(n.sels, s)
+		}
+	}
 	n.sels = distinct(n.sels)
 }
 
+// domain returns the domain of the owner's e-mail address.
+func (n *Node) domain() string {
+	email := n.Email
+	if email == "" {
+		email = n.User
+	}
+	return string(canonicalUser(email[strings.LastIndexByte(email, '@')+1:]))
+}
+
+// isDefault reports whether a route is that of an exit node.
+func isDefault(r netip.Prefix) bool { return r.Bits() == 0 }
+
+// routes reports whether something of p lies behind the node.
+func (n *Node) routes(p netip.Prefix) bool {
+	return slices.ContainsFunc(n.Routes, func(r netip.Prefix) bool { return !isDefault(r) && p.Overlaps(r) })
+}
+
 // touches reports whether the node has an address or a route within p.
-func (n *node) touches(p netip.Prefix) bool {
-	for _, a := range n.Addrs {
-		if p.Contains(a) {
-			return true
-		}
-	}
-	for _, r := range n.Routes {
-		if r.Bits() > 0 && p.Overlaps(r) {
-			return true
-		}
-	}
-	return false
+func (n *Node) touches(p netip.Prefix) bool {
+	return slices.ContainsFunc(n.Addrs, p.Contains) || n.routes(p)
 }
 
 // link puts a node into the sets that it belongs to.
@@ -253,6 +289,14 @@ func (c *Compiled) link(n *node) {
 		}
 		c.byUser[n.user].add(n.slot)
 	}
+	for _, r := range n.Routes {
+		if !isDefault(r) {
+			if c.routers[r] == nil {
+				c.routers[r] = new(bitset)
+			}
+			c.routers[r].add(n.slot)
+		}
+	}
 }
 
 // unlink takes a node out of its sets; it keeps its slot.
@@ -263,6 +307,13 @@ func (c *Compiled) unlink(n *node) {
 	}
 	if n.user != "" {
 		c.byUser[n.user].remove(n.slot)
+	}
+	for _, r := range n.Routes {
+		if routers := c.routers[r]; routers != nil {
+			if routers.remove(n.slot); routers.empty() {
+				delete(c.routers, r)
+			}
+		}
 	}
 	delete(c.nodes, n.ID)
 }
@@ -286,6 +337,7 @@ func (l *srcList) fill(c *Compiled) {
 	}
 	l.valid = true
 	l.nodes, l.ranges, l.text = nil, nil, nil
+	anywhere := false
 	var named bitset // nodes meant by name: their addresses are sources
 	for _, s := range l.sels {
 		l.nodes.or(s.nodes)
@@ -296,17 +348,22 @@ func (l *srcList) fill(c *Compiled) {
 			l.ranges = append(l.ranges, meshRanges...)
 			s.nodes.each(func(slot int) {
 				for _, r := range c.slots[slot].Routes {
-					if r.Bits() > 0 {
+					if !isDefault(r) {
 						l.ranges = append(l.ranges, rangeOf(r))
 					}
 				}
 			})
+		case kindAnywhere:
+			anywhere = true
+			l.ranges = append(l.ranges, everywhere...)
 		default:
 			named.or(s.nodes)
 		}
 	}
 	l.ranges = merge(c.addrs(l.ranges, named))
-	l.text = texts(l.ranges)
+	if l.text = texts(l.ranges); anywhere {
+		l.text = []string{"*"}
+	}
 }
 
 // addrs appends the addresses of nodes.
@@ -373,6 +430,19 @@ func (c *Compiled) neighbours(n *node) bitset {
 	return out
 }
 
+// audience returns the nodes that are told something else when n changes: its
+// neighbours, and other routers of its networks, to which another one is in
+// charge then.
+func (c *Compiled) audience(n *node) bitset {
+	out := c.neighbours(n)
+	for _, r := range n.Routes {
+		if routers := c.routers[r]; routers != nil {
+			out.or(*routers)
+		}
+	}
+	return out
+}
+
 // Upsert adds a node, or changes the one with that ID. It returns, sorted, the
 // nodes whose filter, peers or routes may differ from before, the node itself
 // included; none if nothing that policies ask about has changed.
@@ -385,13 +455,13 @@ func (c *Compiled) Upsert(n Node) (affected []wire.NodeID) {
 		if r.Node.equal(&n) {
 			return nil
 		}
-		touched = c.neighbours(r)
+		touched = c.audience(r)
 		c.unlink(r)
 		r.Node = n
 		c.match(r)
 	}
 	c.link(r)
-	touched.or(c.neighbours(r))
+	touched.or(c.audience(r))
 	touched.add(r.slot)
 	return c.ids(touched)
 }
@@ -402,7 +472,7 @@ func (c *Compiled) Remove(id wire.NodeID) (affected []wire.NodeID) {
 	if r == nil {
 		return nil
 	}
-	touched := c.neighbours(r)
+	touched := c.audience(r)
 	touched.remove(r.slot)
 	c.unlink(r)
 	affected = c.ids(touched)
@@ -427,52 +497,4 @@ func (c *Compiled) Visible(id wire.NodeID) []wire.NodeID {
 	out := c.neighbours(n)
 	out.remove(n.slot)
 	return c.ids(out)
-}
-
-// Routes returns the routes of peer that the viewer may know: those that lead to
-// what it may talk to, or to what may talk to it. Which of several routers of a
-// network is in charge is not the policy's business.
-func (c *Compiled) Routes(viewer, peer wire.NodeID) []netip.Prefix {
-	v, p := c.nodes[viewer], c.nodes[peer]
-	if v == nil || p == nil {
-		return nil
-	}
-	var out []netip.Prefix
-	for _, r := range p.Routes {
-		if c.routeVisible(v, r) {
-			out = append(out, r)
-		}
-	}
-	return out
-}
-
-func (c *Compiled) routeVisible(v *node, r netip.Prefix) bool {
-	exit := r.Bits() == 0
-	covers := func(s *selSet) bool {
-		switch s.kind {
-		case kindAll:
-			return true
-		case kindInternet:
-			return exit
-		case kindPrefix:
-			return !exit && s.prefix.Overlaps(r)
-		}
-		return false
-	}
-	for _, s := range v.sels {
-		for _, l := range s.inSrc {
-			if slices.ContainsFunc(l.dsts, covers) {
-				return true
-			}
-		}
-		if exit || s.kind == kindSelf {
-			continue
-		}
-		for _, l := range s.dstOf {
-			if slices.ContainsFunc(l.sels, covers) {
-				return true
-			}
-		}
-	}
-	return false
 }

@@ -38,7 +38,7 @@ func TestErrors(t *testing.T) {
 		{"broken", "{\n  \"acls\": [}", `invalid character '}' at start of value at line 2, column 12`},
 		{"member in place of another", "{\n  // comment\n  \"acl\": []}", `unknown member "acl" at line 3, column 3: did you mean "acls"?`},
 		{"unlike any member", `{"zzzzzzzz": 1}`, `unknown member "zzzzzzzz" at line 1, column 2`},
-		{"not yet", `{"grants": []}`, `member "grants" is not supported yet at line 1, column 2`},
+		{"not yet", `{"derpMap": {}}`, `member "derpMap" is not supported yet at line 1, column 2`},
 		{"column in characters", `{"hosts": {}, /* äöü */ "acl": []}`, `unknown member "acl" at line 1, column 25: did you mean "acls"?`},
 		{"duplicate", `{"acls": [], "acls": []}`, `duplicate member "acls" at line 1, column 14`},
 		{"duplicate group", `{"groups": {"group:a": [], "group:a": ["x@"]}, "acls": []}`, `duplicate member "group:a" at line 1, column 28`},
@@ -50,7 +50,7 @@ func TestErrors(t *testing.T) {
 		{"no src", `{"acls": [{"action": "accept", "dst": ["*:*"]}]}`, `acls[0] has no "src" at line 1, column 11`},
 		{"deny", `{"acls": [{"action": "deny", "src": ["*"], "dst": ["*:*"]}]}`, `action "deny" at line 1, column 22: everything is denied but what is accepted, so the only action is "accept"`},
 		{"old members", `{"acls": [{"action": "accept", "srcs": ["*"], "dst": ["*:*"]}]}`, `unknown member "srcs" at line 1, column 32: did you mean "src"?`},
-		{"posture", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "srcPosture": []}]}`, `member "srcPosture" is not supported yet at line 1, column 62`},
+		{"posture", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "srcPosture": ["posture:a"]}]}`, `"srcPosture": conditions on the state of devices, which a mesh does not know, is not supported yet at line 1, column 62`},
 		{"proto", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "tpc"}]}`, `unknown protocol "tpc" at line 1, column 71`},
 		{"proto 256", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "256"}]}`, `unknown protocol "256" at line 1, column 71`},
 		{"proto 0", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "0"}]}`, `unknown protocol "0" at line 1, column 71`},
@@ -65,10 +65,10 @@ func TestErrors(t *testing.T) {
 		{"bad address", src(`"10.0.0.0/33"`), `"10.0.0.0/33" is neither an address nor a network at line 2, column 39`},
 		{"zone", src(`"fe80::1%eth0"`), `"fe80::1%eth0" has a zone at line 2, column 39`},
 		{"/0 as src", src(`"0.0.0.0/0"`), `src "0.0.0.0/0" at line 2, column 39: to mean all addresses write "*"`},
-		{"self as src", src(`"autogroup:self"`), `"autogroup:self" is not allowed in src at line 2, column 39`},
+		{"self as src", src(`"autogroup:self"`), `"autogroup:self" is not allowed in src at line 2, column 39: it is a destination: the nodes of the source's user`},
 		{"autogroup misspelt", src(`"autogroup:members"`), `unknown autogroup "autogroup:members" at line 2, column 39: did you mean "autogroup:member"?`},
-		{"autogroup not yet", src(`"autogroup:admin"`), `"autogroup:admin" is not supported yet at line 2, column 39`},
-		{"ipset", src(`"ipset:prod"`), `"ipset:prod" is not supported yet at line 2, column 39`},
+		{"autogroup not yet", src(`"autogroup:shared"`), `"autogroup:shared" is not supported yet at line 2, column 39`},
+		{"ipset", src(`"ipset:prod"`), `undefined IP set "ipset:prod" at line 2, column 39`},
 		{"no ports", dst(`"*"`), `dst "*" has no ports at line 2, column 53: write "*:*" for all of them`},
 		{"tag without ports", dst(`"tag:db"`), `dst "tag:db" has no ports at line 2, column 53: write "tag:db:*" for all of them`},
 		{"empty ports", dst(`"tag:db:"`), `dst "tag:db:": no ports at line 2, column 53`},
@@ -140,11 +140,11 @@ func TestForms(t *testing.T) {
 		{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "icmp"},
 	],
 }`)
-	if len(p.acls) != 4 || p.acls[0].line != 7 || p.acls[1].line != 9 || p.acls[1].name != "acls[1]" {
-		t.Errorf("rules: %+v", p.acls)
+	if len(p.access) != 4 || p.access[0].origin.Line != 7 || p.access[1].origin.Line != 9 || p.access[1].origin.Rule != "acls[1]" {
+		t.Errorf("rules: %+v", p.access)
 	}
 	var got []string
-	for _, d := range p.acls[0].dsts {
+	for _, d := range p.access[0].dsts {
 		got = append(got, fmt.Sprint(d.sel.kind, d.sel.name, d.sel.prefix, d.ports))
 	}
 	want := `0invalid Prefix [{0 65535}]
@@ -160,7 +160,7 @@ func TestForms(t *testing.T) {
 	if s := strings.ReplaceAll(strings.Join(got, "\n"), " 8", "8"); strings.ReplaceAll(s, " ", "") != strings.ReplaceAll(want, " ", "") {
 		t.Errorf("destinations:\n%s", s)
 	}
-	if fmt.Sprint(p.acls[3].protos, p.acls[2].protos, p.acls[1].protos, p.acls[0].protos) != "[1 58] [47] [6] []" {
+	if fmt.Sprint(p.access[3].protos, p.access[2].protos, p.access[1].protos, p.access[0].protos) != "[1] [47] [6] []" {
 		t.Error("protocols")
 	}
 	if fmt.Sprint(p.Tags()) != "[tag:any tag:db tag:none tag:web]" || !p.HasTag("tag:db") || p.HasTag("tag:x") {

@@ -29,11 +29,14 @@
 package policy
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"mesh/control/wire"
 )
 
 // ErrUnsupported matches errors about parts of the policy language that exist
@@ -42,7 +45,7 @@ var ErrUnsupported = errors.New("not supported yet")
 
 // Error is one complaint about a policy file.
 type Error struct {
-	Line, Column int    // 1-based; columns count characters
+	Line, Column int    // 1-based; columns count characters; 0 = not in a file
 	Msg          string // what is wrong, "unknown member \"acl\""
 	Hint         string // what would be right, or ""
 	unsupported  bool
@@ -52,7 +55,10 @@ type Error struct {
 //
 //	unknown member "acl" at line 3, column 2: did you mean "acls"?
 func (e *Error) Error() string {
-	s := fmt.Sprintf("%s at line %d, column %d", e.Msg, e.Line, e.Column)
+	s := e.Msg
+	if e.Line > 0 {
+		s = fmt.Sprintf("%s at line %d, column %d", e.Msg, e.Line, e.Column)
+	}
 	if e.Hint != "" {
 		s += ": " + e.Hint
 	}
@@ -66,22 +72,29 @@ func (e *Error) Is(target error) bool { return target == ErrUnsupported && e.uns
 type Policy struct {
 	groups    map[string][]userRef // "group:x" → members
 	tagOwners map[string][]*selector
-	acls      []acl
+	hosts     map[string]netip.Prefix
+	ipsets    map[string][]netip.Prefix
+	access    []access
+	lasting   int         // access[lasting:] are temporary
 	users     []namedUser // every mention
 }
 
-// acl is one entry of "acls".
-type acl struct {
-	name   string // "acls[2]"
-	line   int
+// access is an entry of "acls", or a part of an entry of "grants": what it
+// allows over one list of protocols, or the capabilities that it gives.
+type access struct {
+	origin wire.RuleOrigin
 	srcs   []*selector
 	dsts   []dest
 	protos []int // nil: the default
+	// app gives capabilities and lets no packet through; nil in all others.
+	app map[string][]json.RawMessage
+	// companion marks what "app" brings with it for its sources.
+	companion bool
 }
 
 type dest struct {
 	sel   *selector
-	ports []portRange
+	ports []portRange // nil with app
 }
 
 type portRange struct{ first, last uint16 }
@@ -183,26 +196,4 @@ func canonicalUser(user string) userRef {
 		}
 		return r
 	}, user))
-}
-
-// kind is the kind of a selector.
-type kind uint8
-
-const (
-	kindAll      kind = iota // "*"
-	kindUser                 // name: the user
-	kindGroup                // name: "group:…"
-	kindTag                  // name: "tag:…"
-	kindMember               // autogroup:member
-	kindTagged               // autogroup:tagged
-	kindSelf                 // autogroup:self, destinations only
-	kindInternet             // autogroup:internet, destinations only
-	kindPrefix               // prefix: an address, network, or host of "hosts"
-)
-
-// selector is a parsed source or destination.
-type selector struct {
-	kind   kind
-	name   string
-	prefix netip.Prefix
 }

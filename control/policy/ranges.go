@@ -68,6 +68,9 @@ var meshRanges = []addrRange{
 	rangeOf(netip.MustParsePrefix("fd7a:115c:a1e0::/48")),
 }
 
+// everywhere is all addresses.
+var everywhere = []addrRange{rangeOf(netip.MustParsePrefix("0.0.0.0/0")), rangeOf(netip.MustParsePrefix("::/0"))}
+
 // bitset is a set of small numbers.
 type bitset []uint64
 
@@ -82,6 +85,17 @@ func (b bitset) remove(i int) {
 	if i>>6 < len(b) {
 		b[i>>6] &^= 1 << (i & 63)
 	}
+}
+
+func (b bitset) has(i int) bool { return i>>6 < len(b) && b[i>>6]>>(i&63)&1 != 0 }
+
+func (b bitset) empty() bool {
+	for _, w := range b {
+		if w != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // or adds all of o.

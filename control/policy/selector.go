@@ -4,9 +4,77 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 )
+
+// kind is the kind of a selector.
+type kind uint8
+
+const (
+	kindAll      kind = iota // "*"
+	kindUser                 // name: the user
+	kindGroup                // name: "group:…"
+	kindTag                  // name: "tag:…"
+	kindMember               // autogroup:member
+	kindTagged               // autogroup:tagged
+	kindSelf                 // autogroup:self, destinations only
+	kindInternet             // autogroup:internet, destinations only
+	kindPrefix               // prefix: an address, network, or host of "hosts"
+	kindAnywhere             // autogroup:danger-all, sources only
+	kindRole                 // name: the role that the owner has
+	kindDomain               // name: the domain of the owner's address
+	kindVia                  // prefix, behind routers with the tag name
+	kindViaNet               // the internet, behind exit nodes with the tag name
+)
+
+// selector is a parsed source or destination.
+type selector struct {
+	kind   kind
+	name   string
+	prefix netip.Prefix
+}
+
+// String returns the selector in the normal form of its kind. Two selectors are
+// equal if their strings are.
+func (s selector) String() string {
+	switch s.kind {
+	case kindAll:
+		return "*"
+	case kindUser:
+		if !strings.Contains(s.name, "@") {
+			return s.name + "@"
+		}
+	case kindMember:
+		return "autogroup:member"
+	case kindTagged:
+		return "autogroup:tagged"
+	case kindSelf:
+		return "autogroup:self"
+	case kindInternet:
+		return "autogroup:internet"
+	case kindAnywhere:
+		return "autogroup:danger-all"
+	case kindRole:
+		return "autogroup:" + s.name
+	case kindDomain:
+		return "user:*@" + s.name
+	case kindPrefix:
+		return prefixText(s.prefix)
+	case kindVia:
+		return prefixText(s.prefix) + " via " + s.name
+	case kindViaNet:
+		return "autogroup:internet via " + s.name
+	}
+	return s.name
+}
+
+// prefixText leaves out the length of what is one address.
+func prefixText(p netip.Prefix) string {
+	if p.IsSingleIP() {
+		return p.Addr().String()
+	}
+	return p.String()
+}
 
 // Where a selector stands; it decides what is allowed there.
 type place uint8
@@ -16,23 +84,104 @@ const (
 	inDst
 	inGroup
 	inOwners
+	inApprovers
+	inTarget // of nodeAttrs
 )
 
 func (p place) String() string {
-	return [...]string{"src", "dst", "group", "tagOwners"}[p]
+	return [...]string{"src", "dst", "group", "tagOwners", "autoApprovers", "target"}[p]
 }
 
-// Autogroups of the language.
-var (
-	knownAutogroups       = []string{"autogroup:member", "autogroup:tagged", "autogroup:self", "autogroup:internet"}
-	unsupportedAutogroups = []string{
-		"autogroup:admin", "autogroup:owner", "autogroup:it-admin", "autogroup:network-admin", "autogroup:billing-admin",
-		"autogroup:auditor", "autogroup:danger-all", "autogroup:shared", "autogroup:nonroot",
+// autogroups of the language. Those of the last lines name roles of users.
+var autogroups = map[string]selector{
+	"autogroup:member":        {kind: kindMember},
+	"autogroup:tagged":        {kind: kindTagged},
+	"autogroup:self":          {kind: kindSelf},
+	"autogroup:internet":      {kind: kindInternet},
+	"autogroup:danger-all":    {kind: kindAnywhere},
+	"autogroup:admin":         {kind: kindRole, name: "admin"},
+	"autogroup:owner":         {kind: kindRole, name: "owner"},
+	"autogroup:it-admin":      {kind: kindRole, name: "it-admin"},
+	"autogroup:network-admin": {kind: kindRole, name: "network-admin"},
+	"autogroup:billing-admin": {kind: kindRole, name: "billing-admin"},
+	"autogroup:auditor":       {kind: kindRole, name: "auditor"},
+}
+
+// unsupportedAutogroups have no meaning in a mesh: nothing is shared between
+// two, and users of a node's operating system are not known.
+var unsupportedAutogroups = []string{"autogroup:shared", "autogroup:nonroot"}
+
+// autogroupNames lists the autogroups, to suggest one.
+func autogroupNames() []string {
+	var names []string
+	for name := range autogroups {
+		names = append(names, name)
 	}
-)
+	slices.Sort(names)
+	return names
+}
+
+// may reports whether a selector makes sense where it stands.
+func (p place) may(k kind) bool {
+	switch p {
+	case inGroup:
+		return k == kindUser
+	case inOwners:
+		return k == kindUser || k == kindGroup || k == kindTag || k == kindMember || k == kindRole || k == kindDomain
+	case inApprovers:
+		return k == kindUser || k == kindGroup || k == kindTag || k == kindMember || k == kindTagged || k == kindRole || k == kindDomain
+	case inTarget:
+		return k != kindSelf && k != kindInternet && k != kindAnywhere
+	case inSrc:
+		return k != kindSelf && k != kindInternet
+	default:
+		return k != kindAnywhere
+	}
+}
+
+// selectors reads one word, which may stand for several selectors: an IP set has
+// several networks. What is wrong was reported if ok is false.
+func (r *reader) selectors(s string, at int, where place) (list []*selector, ok bool) {
+	if !strings.HasPrefix(s, "ipset:") {
+		sel := r.selector(s, at, where)
+		return []*selector{sel}, sel != nil
+	}
+	if !where.may(kindPrefix) {
+		r.fail(at, "", "%q is not allowed in %s", s, where)
+		return nil, false
+	}
+	set, known := r.ipsets[s]
+	if !known {
+		r.fail(at, r.nearest(s, r.ipsetNames), "undefined IP set %q", s)
+		return nil, false
+	}
+	for _, p := range set {
+		list = append(list, &selector{kind: kindPrefix, prefix: p})
+	}
+	return list, true
+}
 
 // selector reads one selector. A nil result was reported.
 func (r *reader) selector(s string, at int, where place) *selector {
+	sel := r.anySelector(s, at, where)
+	if sel != nil && !where.may(sel.kind) {
+		hint := ""
+		switch {
+		case sel.kind == kindInternet:
+			hint = "it is a destination"
+		case sel.kind == kindSelf:
+			hint = "it is a destination: the nodes of the source's user"
+		case sel.kind == kindAnywhere && where == inDst:
+			hint = `to mean all addresses write "*" or "autogroup:internet"`
+		}
+		r.fail(at, hint, "%q is not allowed in %s", s, where)
+		return nil
+	}
+	return sel
+}
+
+// anySelector reads a selector, wherever it stands.
+func (r *reader) anySelector(s string, at int, where place) *selector {
 	fail := func(hint, format string, args ...any) *selector {
 		r.fail(at, hint, format, args...)
 		return nil
@@ -41,9 +190,6 @@ func (r *reader) selector(s string, at int, where place) *selector {
 	case s == "":
 		return fail("", "empty %s", where)
 	case s == "*":
-		if where == inGroup || where == inOwners {
-			return fail("", "%q is not allowed in %s", s, where)
-		}
 		return &selector{kind: kindAll}
 	case strings.HasPrefix(s, "group:"):
 		if where == inGroup {
@@ -57,15 +203,24 @@ func (r *reader) selector(s string, at int, where place) *selector {
 		if where == inGroup {
 			return fail("groups have users as members", "tag %q within a group", s)
 		}
-		if !r.tags[s] {
+		if !r.HasTag(s) {
 			return fail(r.nearest(s, r.tagNames), "undefined tag %q", s)
 		}
 		return &selector{kind: kindTag, name: s}
 	case strings.HasPrefix(s, "autogroup:"):
-		return r.autogroup(s, at, where)
-	case strings.HasPrefix(s, "svc:"), strings.HasPrefix(s, "ipset:"):
+		if sel, ok := autogroups[s]; ok {
+			return &sel
+		}
+		if slices.Contains(unsupportedAutogroups, s) {
+			r.unsupported(at, "%q", s)
+			return nil
+		}
+		return fail(r.nearest(s, autogroupNames()), "unknown autogroup %q", s)
+	case strings.HasPrefix(s, "svc:"):
 		r.unsupported(at, "%q", s)
 		return nil
+	case strings.HasPrefix(s, "user:"):
+		return r.domain(s, at)
 	case strings.Contains(s, "@"):
 		user, ok := parseUser(s)
 		if !ok {
@@ -74,7 +229,7 @@ func (r *reader) selector(s string, at int, where place) *selector {
 		line, column := r.position(at)
 		r.users = append(r.users, namedUser{user, line, column})
 		return &selector{kind: kindUser, name: string(user)}
-	case where == inGroup || where == inOwners:
+	case !where.may(kindPrefix):
 		hint := ""
 		if isName(s) {
 			hint = fmt.Sprintf("a user is written %q", s+"@")
@@ -98,6 +253,17 @@ func (r *reader) selector(s string, at int, where place) *selector {
 	return fail("", "%v", err)
 }
 
+// domain reads "user:*@example.com": everybody with an address there.
+func (r *reader) domain(s string, at int) *selector {
+	d, ok := strings.CutPrefix(s, "user:*@")
+	d = strings.TrimSuffix(d, ".")
+	if !ok || !isName(d) || strings.HasPrefix(d, ".") || strings.Contains(d, "..") {
+		r.fail(at, `all users of a domain are written "user:*@example.com", one user "alice@example.com"`, "malformed selector %q", s)
+		return nil
+	}
+	return &selector{kind: kindDomain, name: string(canonicalUser(d))}
+}
+
 func (r *reader) prefixSelector(p netip.Prefix, s string, at int, where place) *selector {
 	if p.Bits() == 0 {
 		hint := `to mean all addresses write "*"`
@@ -108,32 +274,6 @@ func (r *reader) prefixSelector(p netip.Prefix, s string, at int, where place) *
 		return nil
 	}
 	return &selector{kind: kindPrefix, prefix: p}
-}
-
-func (r *reader) autogroup(s string, at int, where place) *selector {
-	var k kind
-	switch s {
-	case "autogroup:member":
-		k = kindMember
-	case "autogroup:tagged":
-		k = kindTagged
-	case "autogroup:self":
-		k = kindSelf
-	case "autogroup:internet":
-		k = kindInternet
-	default:
-		if slices.Contains(unsupportedAutogroups, s) {
-			r.unsupported(at, "%q", s)
-		} else {
-			r.fail(at, r.nearest(s, knownAutogroups), "unknown autogroup %q", s)
-		}
-		return nil
-	}
-	if where == inGroup || where == inOwners && k != kindMember || where == inSrc && (k == kindSelf || k == kindInternet) {
-		r.fail(at, "", "%q is not allowed in %s", s, where)
-		return nil
-	}
-	return &selector{kind: k}
 }
 
 // parseUser reads "alice@example.com" or "bob@".
@@ -192,133 +332,4 @@ func isName(s string) bool {
 		}
 	}
 	return true
-}
-
-// dest reads a destination, "selector:ports".
-func (r *reader) dest(s string, at int) (dest, bool) {
-	i := strings.LastIndexByte(s, ':')
-	if i < 0 {
-		r.fail(at, fmt.Sprintf("write %q for all of them", s+":*"), "dst %q has no ports", s)
-		return dest{}, false
-	}
-	name, ports := s[:i], s[i+1:]
-	switch {
-	case name == "tag" || name == "group" || name == "autogroup" || name == "svc" || name == "ipset":
-		r.fail(at, fmt.Sprintf("write %q for all of them", s+":*"), "dst %q has no ports", s)
-		return dest{}, false
-	case strings.HasPrefix(name, "[") && strings.HasSuffix(name, "]"):
-		name = name[1 : len(name)-1]
-	}
-	list, msg := parsePorts(ports)
-	if msg != "" {
-		r.fail(at, "", "dst %q: %s", s, msg)
-	}
-	sel := r.selector(name, at, inDst)
-	return dest{sel, list}, sel != nil && msg == ""
-}
-
-// parsePorts reads "*", "22", "80,443" or "8000-8999".
-func parsePorts(s string) (list []portRange, msg string) {
-	if s == "" {
-		return nil, "no ports"
-	}
-	for item := range strings.SplitSeq(s, ",") {
-		if item == "*" {
-			list = append(list, portRange{0, 65535})
-			continue
-		}
-		first, last, isRange := strings.Cut(item, "-")
-		if !isRange {
-			last = first
-		}
-		a, okA := parsePort(first)
-		b, okB := parsePort(last)
-		switch {
-		case !okA || !okB:
-			return nil, fmt.Sprintf("bad port range %q", item)
-		case a == 0:
-			return nil, fmt.Sprintf("port range %q: the first port must be greater than 0; \"*\" means all", item)
-		case a > b:
-			return nil, fmt.Sprintf("port range %q is reversed", item)
-		}
-		list = append(list, portRange{a, b})
-	}
-	return list, ""
-}
-
-func parsePort(s string) (uint16, bool) {
-	if s == "" || s[0] < '0' || s[0] > '9' {
-		return 0, false
-	}
-	n, err := strconv.ParseUint(s, 10, 16)
-	return uint16(n), err == nil
-}
-
-// protocols by name. "icmp" means that of both IP versions.
-var protocols = map[string][]int{
-	"icmp": {1, 58}, "igmp": {2}, "ipv4": {4}, "ip-in-ip": {4}, "tcp": {6}, "egp": {8}, "igp": {9}, "udp": {17},
-	"gre": {47}, "esp": {50}, "ah": {51}, "ipv6-icmp": {58}, "sctp": {132},
-}
-
-// parseProto reads a protocol's name or number. Whether it has ports decides
-// which destinations may go with it.
-func parseProto(s string) (protos []int, ports, ok bool) {
-	if p, known := protocols[strings.ToLower(s)]; known {
-		return p, p[0] == 6 || p[0] == 17 || p[0] == 132, true
-	}
-	if s == "" || s[0] < '0' || s[0] > '9' {
-		return nil, false, false
-	}
-	n, err := strconv.ParseUint(s, 10, 8)
-	if err != nil || n == 0 {
-		return nil, false, false
-	}
-	return []int{int(n)}, n == 6 || n == 17 || n == 132, true
-}
-
-// nearest suggests the known word most like s. Of very long lists only the
-// beginning is searched, and nothing is when the error will not be reported.
-func (r *reader) nearest(s string, known []string) string {
-	const longest, most = 64, 1000
-	if len(s) > longest || len(r.errs) >= maxErrors {
-		return ""
-	}
-	best, least := "", len(s)/3+1
-	for _, k := range known[:min(len(known), most)] {
-		if len(k) > longest {
-			continue
-		}
-		if d := distance(strings.ToLower(s), strings.ToLower(k), least); d < least || d == least && best == "" {
-			best, least = k, d
-		}
-	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf("did you mean %q?", best)
-}
-
-// distance counts the single-byte edits between a and b; beyond most the exact
-// count does not matter.
-func distance(a, b string, most int) int {
-	if len(a)-len(b) > most || len(b)-len(a) > most {
-		return most + 1
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, diagonal+1)
-		}
-	}
-	return row[len(b)]
 }

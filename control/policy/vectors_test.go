@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -144,51 +145,82 @@ func (v *vector) check(text []byte) string {
 		return ""
 	}
 	nodes, ids := v.nodes()
-	primary := make(map[wire.NodeID]map[netip.Prefix]bool) // who is in charge of which routes
-	for _, w := range v.Want {
-		for name, peer := range w.Peers {
-			for _, r := range peer.PrimaryRoutes {
-				if primary[ids[name]] == nil {
-					primary[ids[name]] = make(map[netip.Prefix]bool)
-				}
-				primary[ids[name]][r] = true
-			}
-		}
-	}
 	c := Compile(p, nodes)
 	for name, want := range v.Want {
 		id := ids[name]
+		if msg := sameCaps(c.Filter(id), want.Filter); msg != "" {
+			return fmt.Sprintf("capabilities at %s: %s", name, msg)
+		}
 		if msg := sameMeaning(c.Filter(id), want.Filter); msg != "" {
 			got, _ := json.Marshal(c.Filter(id))
 			return fmt.Sprintf("filter of %s: %s\n%s", name, msg, got)
 		}
-		var peers, wantPeers []string
-		for other, n := range v.Nodes {
-			if slices.Contains(c.Visible(id), ids[other]) {
-				allowed := []netip.Prefix{netip.PrefixFrom(n.IPv4, 32), netip.PrefixFrom(n.IPv6, 128)}
-				for _, r := range c.Routes(id, ids[other]) {
-					if r.Bits() == 0 || primary[ids[other]][r] {
-						allowed = append(allowed, r)
-					}
-				}
-				peers = append(peers, fmt.Sprint(other, sortedPrefixes(allowed)))
+		if msg := v.checkPeers(c, name, ids); msg != "" {
+			return msg
+		}
+	}
+	return ""
+}
+
+// checkPeers compares what a node is told about others. Of several routers of
+// one network any one may be in charge, but one must be.
+func (v *vector) checkPeers(c *Compiled, name string, ids map[string]wire.NodeID) string {
+	id, want := ids[name], v.Want[name]
+	holders := func(r netip.Prefix) (n int) {
+		for _, o := range v.Nodes {
+			if slices.Contains(o.ApprovedRoutes, r) {
+				n++
 			}
 		}
-		for other, w := range want.Peers {
-			// In one vector some peers of a router, and not others of the same
-			// kind, were sent a route that the topology does not call approved:
-			// it was being approved just then. Approval is given to the compiler,
-			// so such a route says nothing about it.
-			w.AllowedIPs = slices.DeleteFunc(w.AllowedIPs, func(r netip.Prefix) bool {
-				return !r.IsSingleIP() && !slices.Contains(v.Nodes[other].ApprovedRoutes, r)
-			})
-			wantPeers = append(wantPeers, fmt.Sprint(other, sortedPrefixes(w.AllowedIPs)))
+		return n
+	}
+	shared := func(r netip.Prefix) bool { return r.Bits() > 0 && holders(r) > 1 }
+	var peers, wantPeers []string
+	charge, wantCharge := make(map[netip.Prefix]int), make(map[netip.Prefix]int)
+	for other, n := range v.Nodes {
+		if !slices.Contains(c.Visible(id), ids[other]) {
+			continue
 		}
-		slices.Sort(peers)
-		slices.Sort(wantPeers)
-		if !slices.Equal(peers, wantPeers) {
-			return fmt.Sprintf("peers of %s: got %v, want %v", name, peers, wantPeers)
+		allowed := []netip.Prefix{netip.PrefixFrom(n.IPv4, 32), netip.PrefixFrom(n.IPv6, 128)}
+		for _, r := range c.Routes(id, ids[other]) {
+			if shared(r) {
+				charge[r]++
+			} else {
+				allowed = append(allowed, r)
+			}
 		}
+		peers = append(peers, fmt.Sprint(other, sortedPrefixes(allowed)))
+	}
+	for other, w := range want.Peers {
+		var allowed []netip.Prefix
+		for _, r := range w.AllowedIPs {
+			switch {
+			case r.IsSingleIP():
+				allowed = append(allowed, r)
+			case !slices.Contains(v.Nodes[other].ApprovedRoutes, r):
+				// In one vector some peers of a router, and not others of the same
+				// kind, were sent a route that the topology does not call approved:
+				// it was being approved just then. Approval is given to the
+				// compiler, so such a route says nothing about it.
+			case shared(r):
+				wantCharge[r]++
+			default:
+				allowed = append(allowed, r)
+			}
+		}
+		wantPeers = append(wantPeers, fmt.Sprint(other, sortedPrefixes(allowed)))
+	}
+	for _, r := range v.Nodes[name].ApprovedRoutes {
+		delete(charge, r) // it may be in charge itself
+		delete(wantCharge, r)
+	}
+	slices.Sort(peers)
+	slices.Sort(wantPeers)
+	if !slices.Equal(peers, wantPeers) {
+		return fmt.Sprintf("peers of %s: got %v, want %v", name, peers, wantPeers)
+	}
+	if !maps.Equal(charge, wantCharge) {
+		return fmt.Sprintf("routers in charge for %s: got %v, want %v", name, charge, wantCharge)
 	}
 	return ""
 }
@@ -316,6 +348,38 @@ func sameMeaning(got, want []wire.FilterRule) string {
 				}
 			}
 		}
+	}
+	return ""
+}
+
+// sameCaps compares the capabilities of two filters, as a set of who gets what
+// where.
+func sameCaps(got, want []wire.FilterRule) string {
+	list := func(rules []wire.FilterRule) (out []string) {
+		for _, r := range rules {
+			srcs := slices.Clone(r.SrcIPs)
+			slices.Sort(srcs)
+			for _, g := range r.CapGrant {
+				for _, d := range g.Dsts {
+					for name, values := range g.CapMap {
+						for i := range values {
+							var v any
+							if err := json.Unmarshal(values[i], &v); err != nil {
+								return []string{err.Error()}
+							}
+							values[i], _ = json.Marshal(v)
+						}
+						out = append(out, fmt.Sprintf("%v %s %s %s", srcs, d, name, values))
+					}
+				}
+			}
+		}
+		slices.Sort(out)
+		return out
+	}
+	g, w := list(got), list(want)
+	if !slices.Equal(g, w) {
+		return fmt.Sprintf("got %q, want %q", g, w)
 	}
 	return ""
 }
