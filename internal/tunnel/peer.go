@@ -70,6 +70,30 @@ type indexed struct {
 type session struct {
 	peer *peer
 	born time.Time
+
+	answer atomic.Pointer[[answerSize]byte] // the last response that was passed on
+}
+
+// answerSize is the size of the part of a response that makes it that response
+// and no other: its ephemeral key and the tag, without sender and MACs.
+const answerSize = 48
+
+// answered reports whether b is the response that was passed on last. Peers
+// send theirs by every way, and the Device, which opens messages on several
+// workers, may take two copies that arrive at the same moment for two answers:
+// it then begins the same session twice, with the same keys and both times
+// counting from zero.
+func (s *session) answered(b []byte) bool {
+	answer := [answerSize]byte(b[12:60])
+	for {
+		last := s.answer.Load()
+		if last != nil && *last == answer {
+			return true
+		}
+		if s.answer.CompareAndSwap(last, &answer) {
+			return false
+		}
+	}
 }
 
 func newPeer(key identity.NodePublic, now time.Time) *peer {

@@ -50,7 +50,7 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 		return
 	}
 	now := time.Now()
-	var malformed, unknown, mismatch uint64
+	var malformed, unknown, mismatch, again uint64
 	for len(datagrams) > 0 {
 		tr := newTrain()
 		t.mu.RLock()
@@ -86,6 +86,11 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 				if !tr.add(b) {
 					goto full
 				}
+				if kind == typeResponse && s.answered(b) {
+					tr.drop()
+					again++
+					break
+				}
 				tr.eps[tr.n-1] = ep
 			}
 			datagrams = datagrams[1:]
@@ -97,6 +102,7 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 	t.stats.dropMalformed.Add(malformed)
 	t.stats.dropSession.Add(unknown)
 	t.stats.dropMismatch.Add(mismatch)
+	t.stats.dropReplay.Add(again)
 }
 
 // enqueue hands a train to the Device's reader, or drops it if that is behind.

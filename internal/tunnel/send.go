@@ -57,6 +57,12 @@ func (tr *train) add(b []byte) bool {
 	return true
 }
 
+// drop takes out what was added last.
+func (tr *train) drop() {
+	tr.n--
+	tr.buf = tr.buf[:len(tr.buf)-len(tr.packet(tr.n))]
+}
+
 func (tr *train) packet(i int) []byte {
 	start := 0
 	if i > 0 {

@@ -34,7 +34,7 @@ type Stats struct {
 	DropRate       uint64 // initiations above the rate
 	DropForged     uint64 // initiations that do not open
 	DropUnknownKey uint64 // initiations from keys that Lookup does not know
-	DropReplay     uint64 // initiations not newer than the peer's last
+	DropReplay     uint64 // initiations not newer than the peer's last, and second copies of responses
 }
 
 type counters struct {

@@ -71,6 +71,37 @@ func TestReplayedInitiation(t *testing.T) {
 	})
 }
 
+// A response that comes by two ways at the same moment begins one session: two
+// would count from zero both, under the same keys.
+func TestResponseByTwoWays(t *testing.T) {
+	bubble(t, func(t *testing.T, nw *network) {
+		nw.wire = func(from, to *node, d []byte) [][]byte {
+			if d[0] == typeResponse {
+				return [][]byte{d, d}
+			}
+			return [][]byte{d}
+		}
+		a, b := pair(t, nw)
+		a.say(t, b, "x")
+		b.wantGot(t, a, "x")
+		if s := a.t.Stats(); s.DropReplay != 1 {
+			t.Errorf("the second copy was passed on: %+v", s)
+		}
+		// Another one for the same session is: the first may have been forged.
+		s := &session{}
+		first, second := make([]byte, responseSize), make([]byte, responseSize)
+		second[20] = 1
+		for i, want := range []bool{false, true} {
+			if got := s.answered(first); got != want {
+				t.Errorf("copy %d of the first answer: %v", i, got)
+			}
+		}
+		if s.answered(second) {
+			t.Error("another answer was taken for a copy")
+		}
+	})
+}
+
 func TestSourceMismatch(t *testing.T) {
 	bubble(t, func(t *testing.T, nw *network) {
 		a, b := pair(t, nw)
