@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -74,9 +75,12 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 	if err != nil {
 		errs = append(errs, err)
 	}
-	e.reset(m, refused, cut)
+	told := e.reset(m, refused, cut)
 	if len(moving) > 0 {
 		e.resetMoved(old, m)
+	}
+	if len(told) > 0 {
+		e.tunnel.Drain(lastWords, told...)
 	}
 
 	// The filter drops a flow that it meets with another key than it knows, so
@@ -142,6 +146,9 @@ func peerCaps(m *netmap.Map, names []string, rekeyed [][2]identity.NodePublic) f
 	return filter.Peers{Caps: caps}
 }
 
+// lastWords bounds how long Apply waits for the resets to peers that go.
+const lastWords = 100 * time.Millisecond
+
 // taken returns the addresses of p that somebody else holds in old: an address
 // of its own, or one that a wider route covered.
 func taken(old *netmap.Map, p *netmap.Peer) []netip.Prefix {
@@ -192,8 +199,9 @@ func lessThanBefore(c netmap.Change) (why string, told filter.Withdrawal) {
 }
 
 // reset cuts flows that the new filter refused and all flows of cut-off peers.
-// The peers are told first, so that both ends know why.
-func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
+// The peers are told first, so that both ends know why. It returns the cut-off
+// peers that something is on the way to.
+func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) (told []identity.NodePublic) {
 	old, version := e.Map(), next.PolicyVersion()
 	type flowKey struct {
 		proto         uint8
@@ -208,9 +216,12 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
 		gone := append(byPeer[c.peer.Key], e.filter.Forget(c.peer.Key)...)
 		delete(byPeer, c.peer.Key)
 		e.tellOver(c.peer.Key, gone, c.told, version)
-		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
+		ended := e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
 			return contains(c.peer.AllowedIPs, remote.Addr())
 		}, &RevokedError{Peer: old.Identity(c.peer), Policy: version, Reason: c.why})
+		if ended+len(gone) > 0 {
+			told = append(told, c.peer.Key)
+		}
 	}
 	for key, flows := range byPeer {
 		e.tellOver(key, flows, filter.WithdrawnByPolicy, version)
@@ -226,6 +237,7 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) {
 			return ended[flowKey{proto, local, remote}]
 		}, err)
 	}
+	return told
 }
 
 // resetMoved cuts the flows to addresses that somebody else has now: they would

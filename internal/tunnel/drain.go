@@ -7,10 +7,10 @@ import (
 	"mesh/identity"
 )
 
-// Drain waits until the packets that were sent to peers with a session have
-// left, but not longer than atMost. It is for last words, such as the resets of
-// connections: before Close to all peers, before Update to those that go.
-// Without keys all peers are meant.
+// Drain waits until the packets that were sent to peers have left, but not
+// longer than atMost. It is for last words, such as the resets of connections:
+// before Update to the peers that go, before Close to all peers with a session,
+// which no keys mean.
 func (t *Tunnel) Drain(atMost time.Duration, keys ...identity.NodePublic) {
 	deadline := time.NewTimer(atMost)
 	defer deadline.Stop()
@@ -20,7 +20,7 @@ func (t *Tunnel) Drain(atMost time.Duration, keys ...identity.NodePublic) {
 		if len(keys) > 0 && !slices.Contains(keys, p.key) {
 			continue
 		}
-		for p.hasToSend() {
+		for p.hasToSend(len(keys) > 0) {
 			select {
 			case <-tick.C:
 			case <-p.gone:
@@ -35,9 +35,9 @@ func (t *Tunnel) Drain(atMost time.Duration, keys ...identity.NodePublic) {
 }
 
 // hasToSend reports whether packets are on their way out. Those that wait for a
-// handshake do not count: nobody knows whether they will ever leave.
-func (p *peer) hasToSend() bool {
+// handshake count if evenStalled: nobody knows whether they will ever leave.
+func (p *peer) hasToSend(evenStalled bool) bool {
 	p.window.Lock()
 	defer p.window.Unlock()
-	return !p.stalled && p.inside > 0
+	return (evenStalled || !p.stalled) && p.inside > 0
 }
