@@ -81,6 +81,9 @@ type Key struct {
 	Revoked   time.Time `json:"revoked,omitzero"`
 	Used      time.Time `json:"used,omitzero"`
 	State     string    `json:"state"` // "valid", "expired", "revoked" or "used"
+	// NodeExpiry is how long the keys of nodes that enrol with it are good
+	// for; 0 = as the server has it, negative = for ever.
+	NodeExpiry time.Duration `json:"nodeExpiry,omitempty"`
 }
 
 // KeyCreate is the body of POST /v1/keys. One of User, Tags and Relay is
@@ -94,6 +97,8 @@ type KeyCreate struct {
 	// Expires is how long the key is good for; 0 = the server's default of 90
 	// days. For relay keys 0 = for ever.
 	Expires time.Duration `json:"expires,omitempty"`
+	// NodeExpiry is as Key has it.
+	NodeExpiry time.Duration `json:"nodeExpiry,omitempty"`
 }
 
 // NewKey is the answer to KeyCreate: the only time that the secret is shown.
@@ -106,8 +111,10 @@ type NewKey struct {
 type Node struct {
 	ID        wire.NodeID         `json:"id"`
 	StableID  identity.StableID   `json:"stableId"`
-	Name      string              `json:"name"`     // first label
-	FullName  string              `json:"fullName"` // without trailing dot
+	Name      string              `json:"name"`               // first label
+	FullName  string              `json:"fullName"`           // without trailing dot
+	Hostname  string              `json:"hostname,omitempty"` // as the node says
+	Named     bool                `json:"named,omitempty"`    // an administrator chose the name
 	Addresses []netip.Addr        `json:"addresses"`
 	User      string              `json:"user,omitempty"`
 	Tags      []string            `json:"tags,omitempty"`
@@ -123,6 +130,44 @@ type Node struct {
 	HomeRelay int                 `json:"homeRelay,omitempty"`
 	Endpoints []netip.AddrPort    `json:"endpoints,omitempty"`
 	Peers     []string            `json:"peers,omitempty"` // names of the nodes it may see; only in a single node's answer
+}
+
+// NodeRename is the body of POST /v1/nodes/NAME/rename.
+type NodeRename struct {
+	Name string `json:"name"` // a DNS label; "" = what the node's host is called
+}
+
+// NodeOwner is the body of POST /v1/nodes/NAME/owner and
+// POST /v1/logins/CODE/approve: one of the two is required, and only one.
+type NodeOwner struct {
+	User string   `json:"user,omitempty"`
+	Tags []string `json:"tags,omitempty"` // all that the node shall have
+}
+
+// NodeExpire is the body of POST /v1/nodes/NAME/expire. One of its members at
+// most is set; the zero value means now.
+type NodeExpire struct {
+	At    time.Time     `json:"at,omitzero"`
+	In    time.Duration `json:"in,omitempty"`
+	Never bool          `json:"never,omitempty"`
+}
+
+// Login is a machine without an auth key that asks to be let in. What it says
+// about itself is not proven; its keys are.
+type Login struct {
+	Code      string                 `json:"code"` // names it in ApproveLogin and RejectLogin
+	URL       string                 `json:"url"`  // the page that its user sees
+	Hostname  string                 `json:"hostname"`
+	OS        string                 `json:"os,omitempty"`
+	Tags      []string               `json:"tags,omitempty"` // that it asks for
+	Machine   identity.MachinePublic `json:"machineKey"`
+	NodeKey   identity.NodePublic    `json:"nodeKey"`
+	From      string                 `json:"from,omitempty"` // source address, of IPv6 the network
+	Ephemeral bool                   `json:"ephemeral,omitempty"`
+	Renews    string                 `json:"renews,omitempty"` // name of the node that it was
+	Waiting   bool                   `json:"waiting"`          // it is connected and waits for the answer
+	Asked     time.Time              `json:"asked"`
+	Expires   time.Time              `json:"expires"`
 }
 
 // Policy is a version of the policy.
@@ -161,6 +206,7 @@ type Status struct {
 	Users         int             `json:"users"`
 	Nodes         int             `json:"nodes"`
 	Online        int             `json:"online"`
+	Pending       int             `json:"pending"` // logins that wait for an answer
 	Relays        int             `json:"relays"`
 	PolicyVersion int64           `json:"policyVersion"`
 	DenyAll       bool            `json:"denyAll"` // there is no policy

@@ -138,6 +138,38 @@ func (c *Client) RemoveNode(ctx context.Context, name string) error {
 	return c.do(ctx, "DELETE", "/v1/nodes/"+url.PathEscape(name), nil, nil)
 }
 
+// RenameNode gives a node, named as for Node, another name, or with "" the one
+// that its host has. ErrConflict: another node has it.
+func (c *Client) RenameNode(ctx context.Context, name, to string) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/rename", NodeRename{to})
+}
+
+// SetNodeOwner gives a node, named as for Node, to a user or to tags.
+func (c *Client) SetNodeOwner(ctx context.Context, name string, owner NodeOwner) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/owner", owner)
+}
+
+// ExpireNode sets when the key of a node, named as for Node, expires.
+func (c *Client) ExpireNode(ctx context.Context, name string, when NodeExpire) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/expire", when)
+}
+
+// Logins lists the machines that ask to be let in, oldest first.
+func (c *Client) Logins(ctx context.Context) ([]Login, error) {
+	return get[[]Login](ctx, c, "GET", "/v1/logins", nil)
+}
+
+// ApproveLogin lets a machine in, for a user or with tags. ErrConflict: it was
+// decided already.
+func (c *Client) ApproveLogin(ctx context.Context, code string, owner NodeOwner) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/logins/"+url.PathEscape(code)+"/approve", owner)
+}
+
+// RejectLogin turns a machine away.
+func (c *Client) RejectLogin(ctx context.Context, code string) error {
+	return c.do(ctx, "POST", "/v1/logins/"+url.PathEscape(code)+"/reject", nil, nil)
+}
+
 // Policy returns the policy in force. Its version is 0 if there is none.
 func (c *Client) Policy(ctx context.Context) (Policy, error) {
 	return get[Policy](ctx, c, "GET", "/v1/policy", nil)

@@ -13,6 +13,7 @@ import (
 
 	"mesh/control/admin"
 	"mesh/control/store"
+	"mesh/control/wire"
 )
 
 // localAdmin is the actor in the audit record for callers on the unix socket.
@@ -29,22 +30,28 @@ var errInvalid = admin.ErrInvalid
 func (s *Server) AdminHandler() http.Handler {
 	mux := http.NewServeMux()
 	for pattern, f := range map[string]adminFunc{
-		"GET /v1/status":            s.adminStatus,
-		"GET /v1/users":             s.adminUsers,
-		"POST /v1/users":            s.adminCreateUser,
-		"DELETE /v1/users/{name}":   s.adminRemoveUser,
-		"GET /v1/keys":              s.adminKeys,
-		"POST /v1/keys":             s.adminCreateKey,
-		"POST /v1/keys/{id}/revoke": s.adminRevokeKey,
-		"GET /v1/nodes":             s.adminNodes,
-		"GET /v1/nodes/{name}":      s.adminNode,
-		"DELETE /v1/nodes/{name}":   s.adminRemoveNode,
-		"GET /v1/policy":            s.adminPolicy,
-		"PUT /v1/policy":            s.adminSetPolicy,
-		"POST /v1/policy/check":     s.adminCheckPolicy,
-		"GET /v1/relays":            s.adminRelays,
-		"DELETE /v1/relays/{id}":    s.adminRemoveRelay,
-		"GET /v1/audit":             s.adminAudit,
+		"GET /v1/status":                 s.adminStatus,
+		"GET /v1/users":                  s.adminUsers,
+		"POST /v1/users":                 s.adminCreateUser,
+		"DELETE /v1/users/{name}":        s.adminRemoveUser,
+		"GET /v1/keys":                   s.adminKeys,
+		"POST /v1/keys":                  s.adminCreateKey,
+		"POST /v1/keys/{id}/revoke":      s.adminRevokeKey,
+		"GET /v1/nodes":                  s.adminNodes,
+		"GET /v1/nodes/{name}":           s.adminNode,
+		"DELETE /v1/nodes/{name}":        s.adminRemoveNode,
+		"POST /v1/nodes/{name}/rename":   s.adminRenameNode,
+		"POST /v1/nodes/{name}/owner":    s.adminOwnNode,
+		"POST /v1/nodes/{name}/expire":   s.adminExpireNode,
+		"GET /v1/logins":                 s.adminLogins,
+		"POST /v1/logins/{code}/approve": s.adminApproveLogin,
+		"POST /v1/logins/{code}/reject":  s.adminRejectLogin,
+		"GET /v1/policy":                 s.adminPolicy,
+		"PUT /v1/policy":                 s.adminSetPolicy,
+		"POST /v1/policy/check":          s.adminCheckPolicy,
+		"GET /v1/relays":                 s.adminRelays,
+		"DELETE /v1/relays/{id}":         s.adminRemoveRelay,
+		"GET /v1/audit":                  s.adminAudit,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			v, err := f(r)
@@ -76,6 +83,8 @@ func (s *Server) adminError(w http.ResponseWriter, err error) {
 		status = http.StatusNotFound
 	case errors.Is(err, store.ErrConflict):
 		status = http.StatusConflict
+	case errors.Is(err, wire.ErrAddressesUsedUp):
+		status = http.StatusConflict
 	case errors.Is(err, store.ErrFull), errors.Is(err, store.ErrReadOnly):
 		status = http.StatusInsufficientStorage
 		s.log.Error("store", zap.Error(err))
@@ -102,6 +111,12 @@ func (s *Server) adminStatus(*http.Request) (any, error) {
 	for _, n := range s.nodes.byID {
 		if n.online == presenceOnline {
 			st.Online++
+		}
+	}
+	s.logins.prune(s.cfg.Now())
+	for _, l := range s.logins.byCode {
+		if l.state == loginPending {
+			st.Pending++
 		}
 	}
 	return st, nil

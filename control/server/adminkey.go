@@ -19,6 +19,7 @@ func (s *Server) adminKey(k store.Key) admin.Key {
 	out := admin.Key{
 		ID: k.ID, Kind: string(k.Kind), Tags: k.Tags, Reusable: k.Reusable, Ephemeral: k.Ephemeral,
 		Created: k.Created, Expires: k.Expires, Revoked: k.Revoked, Used: k.Used, User: s.users[k.User].Name,
+		NodeExpiry: k.NodeExpiry,
 	}
 	switch k.State(s.cfg.Now()) {
 	case nil:
@@ -78,9 +79,12 @@ func (s *Server) newKey(in admin.KeyCreate) (store.Key, error) {
 	if in.Expires < 0 {
 		return invalid("a key cannot expire in the past")
 	}
+	if in.NodeExpiry > maxExpiry {
+		return invalid("node keys may live for 100 years at most")
+	}
 	if in.Relay {
-		if in.User != "" || len(in.Tags) > 0 || in.Ephemeral {
-			return invalid("a relay key has neither user nor tags and is not ephemeral")
+		if in.User != "" || len(in.Tags) > 0 || in.Ephemeral || in.NodeExpiry != 0 {
+			return invalid("a relay key has neither user nor tags, is not ephemeral and enrols no nodes")
 		}
 		k.Kind, k.Reusable = store.KeyRelay, true // a relay shows it at every start
 		if in.Expires > 0 {
@@ -91,6 +95,7 @@ func (s *Server) newKey(in admin.KeyCreate) (store.Key, error) {
 	if (in.User == "") == (len(in.Tags) == 0) {
 		return invalid("a key belongs to a user (--user) or carries tags (--tag): give one of the two")
 	}
+	k.NodeExpiry = max(in.NodeExpiry, -1)
 	k.Expires = now.Add(defaultKeyLife)
 	if in.Expires > 0 {
 		k.Expires = now.Add(in.Expires)
@@ -104,10 +109,8 @@ func (s *Server) newKey(in admin.KeyCreate) (store.Key, error) {
 		}
 		k.User = u.ID
 	}
-	for _, t := range in.Tags {
-		if s.policy.parsed == nil || !s.policy.parsed.HasTag(t) {
-			return invalid("tag %q is not in the policy's tagOwners; set a policy that has it first", t)
-		}
+	if err := s.knownTags(in.Tags); err != nil {
+		return store.Key{}, err
 	}
 	k.Tags = in.Tags
 	return k, nil

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"mesh/control/admin"
 	"mesh/control/store"
@@ -18,13 +19,13 @@ func (s *Server) adminNodeOf(n *node) admin.Node {
 		ID: n.ID, StableID: n.StableID, Name: n.Name, FullName: n.Name + "." + s.cfg.Domain,
 		Addresses: []netip.Addr{n.IPv4, n.IPv6}, User: s.ownerName(&n.Node), Tags: n.Tags, NodeKey: n.Key,
 		Online: n.online == presenceOnline, Ephemeral: n.Ephemeral, Created: n.Created,
-		Expires: n.Expires, Expired: n.expired, Version: n.Cap, HomeRelay: n.HomeDERP, Endpoints: n.Endpoints,
+		Named: n.Named, Expires: n.Expires, Expired: n.expired, Version: n.Cap, HomeRelay: n.HomeDERP, Endpoints: n.Endpoints,
 	}
 	if !out.Online {
 		out.LastSeen = n.LastSeen
 	}
 	if n.Hostinfo != nil {
-		out.OS = n.Hostinfo.OS
+		out.OS, out.Hostname = n.Hostinfo.OS, n.Hostinfo.Hostname
 	}
 	return out
 }
@@ -93,4 +94,67 @@ func (s *Server) RemoveNode(ctx context.Context, by, name string) error {
 	id := n.ID
 	s.mu.Unlock()
 	return s.remove(ctx, by, id, true)
+}
+
+func (s *Server) adminRenameNode(r *http.Request) (any, error) {
+	var in admin.NodeRename
+	if err := adminBody(r, &in); err != nil {
+		return nil, err
+	}
+	return s.changedNode(r.PathValue("name"), func(id string) error {
+		return s.RenameNode(r.Context(), localAdmin, id, in.Name)
+	})
+}
+
+func (s *Server) adminOwnNode(r *http.Request) (any, error) {
+	var in admin.NodeOwner
+	if err := adminBody(r, &in); err != nil {
+		return nil, err
+	}
+	return s.changedNode(r.PathValue("name"), func(id string) error {
+		return s.SetOwner(r.Context(), localAdmin, id, in.User, in.Tags)
+	})
+}
+
+func (s *Server) adminExpireNode(r *http.Request) (any, error) {
+	var in admin.NodeExpire
+	if err := adminBody(r, &in); err != nil {
+		return nil, err
+	}
+	at := s.cfg.Now()
+	switch {
+	case in.Never && (in.In != 0 || !in.At.IsZero()), in.In != 0 && !in.At.IsZero():
+		return nil, fmt.Errorf("%w: give one time only", errInvalid)
+	case in.In < 0 || in.In > maxExpiry:
+		return nil, fmt.Errorf("%w: want a time between now and 100 years from now", errInvalid)
+	case in.Never:
+		at = time.Time{}
+	case !in.At.IsZero():
+		at = in.At
+	default:
+		at = at.Add(in.In)
+	}
+	return s.changedNode(r.PathValue("name"), func(id string) error {
+		return s.ExpireNode(r.Context(), localAdmin, id, at)
+	})
+}
+
+// changedNode does something to a node and returns what it is then.
+func (s *Server) changedNode(name string, change func(stableID string) error) (any, error) {
+	id, err := s.find(name)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	n := s.nodes.byID[id]
+	s.mu.Unlock()
+	if n == nil {
+		return nil, fmt.Errorf("node %q: %w", clip(name), store.ErrNotFound)
+	}
+	if err := change(string(n.StableID)); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.adminNodeOf(n), nil
 }

@@ -89,5 +89,6 @@ func (s *Server) adminRemoveUser(r *http.Request) (any, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.users, u.ID)
+	delete(s.profiles, u.ID)
 	return struct{}{}, nil
 }

@@ -80,12 +80,16 @@ type registry struct {
 	byKey map[identity.NodePublic]*node
 	names map[string]wire.NodeID
 	pool  *addressPool
+	// byMachine has more than one node for a machine only if it enrolled anew
+	// under another owner, or without a word of who it had been.
+	byMachine map[identity.MachinePublic][]*node
 }
 
 func (r *registry) init(pool *addressPool, last wire.NodeID) {
 	r.byID = make(map[wire.NodeID]*node)
 	r.byKey = make(map[identity.NodePublic]*node)
 	r.names = make(map[string]wire.NodeID)
+	r.byMachine = make(map[identity.MachinePublic][]*node)
 	r.pool = pool
 	pool.startAfter(last)
 }
@@ -93,6 +97,7 @@ func (r *registry) init(pool *addressPool, last wire.NodeID) {
 func (r *registry) add(sn store.Node) *node {
 	n := &node{Node: sn}
 	r.byID[n.ID], r.byKey[n.Key], r.names[n.Name] = n, n, n.ID
+	r.byMachine[n.Machine] = append(r.byMachine[n.Machine], n)
 	r.pool.take(n.IPv4)
 	return n
 }
@@ -101,7 +106,25 @@ func (r *registry) remove(n *node) {
 	delete(r.byID, n.ID)
 	delete(r.byKey, n.Key)
 	delete(r.names, n.Name)
+	if rest := slices.DeleteFunc(r.byMachine[n.Machine], func(o *node) bool { return o == n }); len(rest) > 0 {
+		r.byMachine[n.Machine] = rest
+	} else {
+		delete(r.byMachine, n.Machine)
+	}
 	r.pool.free(n.IPv4)
+}
+
+// expiredLike returns the newest node of n's machine that has n's owner and
+// whose key is no longer good, or nil: who logs in again after a logout is the
+// node that it was, also if it does not name its former key.
+func (r *registry) expiredLike(n *store.Node, now time.Time) *store.Node {
+	for _, o := range slices.Backward(r.byMachine[n.Machine]) {
+		if sameOwner(&o.Node, n) && (o.expired || expiredAt(o.Expires, now)) {
+			sn := o.Node
+			return &sn
+		}
+	}
+	return nil
 }
 
 func (r *registry) rekey(n *node, key identity.NodePublic) {
@@ -132,8 +155,13 @@ func (r *registry) freeName(base string, id wire.NodeID) string {
 func (s *Server) ownerName(n *store.Node) string { return s.users[n.User].Name }
 
 // policyNode describes a node to the policy. Server.mu is held.
-func (s *Server) policyNode(n *store.Node) policy.Node {
-	return policy.Node{ID: n.ID, User: s.ownerName(n), Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}}
+// One whose key expired has no address in it, so that no filter lets it in.
+func (s *Server) policyNode(n *node) policy.Node {
+	p := policy.Node{ID: n.ID, User: s.ownerName(&n.Node), Tags: n.Tags}
+	if !n.expired {
+		p.Addrs = []netip.Addr{n.IPv4, n.IPv6}
+	}
+	return p
 }
 
 func wireUser(n *store.Node) wire.UserID {
@@ -235,13 +263,42 @@ func patch(a, b *wire.Node) *wire.PeerChange {
 	return p
 }
 
-// profile is how nodes learn the name behind a UserID. Server.mu is held.
-func (s *Server) profile(id wire.UserID) (wire.UserProfile, bool) {
+// profile is how nodes learn the name behind a UserID, and the user's groups.
+// Equal profiles are the same one: streams compare pointers. nil = no such
+// user. Server.mu is held.
+func (s *Server) profile(id wire.UserID) *wire.UserProfile {
+	if p := s.profiles[id]; p != nil {
+		return p
+	}
+	p := s.newProfile(id)
+	if p != nil {
+		s.profiles[id] = p
+	}
+	return p
+}
+
+func (s *Server) newProfile(id wire.UserID) *wire.UserProfile {
 	if id == wire.TaggedUser {
-		return wire.UserProfile{ID: id, LoginName: "tagged-devices", DisplayName: "Tagged Devices"}, true
+		return &wire.UserProfile{ID: id, LoginName: "tagged-devices", DisplayName: "Tagged Devices"}
 	}
 	u, ok := s.users[id]
-	return wire.UserProfile{ID: id, LoginName: u.Name, DisplayName: u.Name}, ok
+	if !ok {
+		return nil
+	}
+	p := &wire.UserProfile{ID: id, LoginName: u.Name, DisplayName: u.Name}
+	if s.policy.parsed != nil {
+		p.Groups = s.policy.parsed.GroupsOf(u.Name)
+	}
+	return p
+}
+
+// renewProfiles takes out what a new policy made untrue. Server.mu is held.
+func (s *Server) renewProfiles() {
+	for id, p := range s.profiles {
+		if !reflect.DeepEqual(s.newProfile(id), p) {
+			delete(s.profiles, id)
+		}
+	}
 }
 
 // expiredAt reports whether a key that expires at t (zero = never) has.

@@ -62,7 +62,7 @@ func (s *Server) loadPolicy(ctx context.Context) error {
 func (s *Server) policyNodes() []policy.Node {
 	nodes := make([]policy.Node, 0, len(s.nodes.byID))
 	for _, n := range s.nodes.byID {
-		nodes = append(nodes, s.policyNode(&n.Node))
+		nodes = append(nodes, s.policyNode(n))
 	}
 	return nodes
 }
@@ -89,6 +89,7 @@ func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (
 	compiled := policy.Compile(parsed, nodes)
 	s.mu.Lock()
 	s.policy = policyState{Policy: p, parsed: parsed, compiled: compiled}
+	s.renewProfiles()
 	for _, n := range s.nodes.byID {
 		if n.stream != nil {
 			n.stream.pending.all, n.stream.pending.filter = true, true

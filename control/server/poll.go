@@ -114,7 +114,7 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 	}
 	s.unsaved[n.ID] = struct{}{}
 	s.changed(n)
-	id, rename := n.ID, info.Hostname != "" && label(info.Hostname) != n.Hostname
+	id, rename := n.ID, !n.Named && info.Hostname != "" && label(info.Hostname) != n.Hostname
 	s.mu.Unlock()
 	if rename {
 		s.rename(ctx, id, label(info.Hostname))
@@ -128,7 +128,7 @@ func (s *Server) rename(ctx context.Context, id wire.NodeID, hostname string) {
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	n := s.nodes.byID[id]
-	if n == nil || n.Hostname == hostname {
+	if n == nil || n.Named || n.Hostname == hostname {
 		s.mu.Unlock()
 		return
 	}

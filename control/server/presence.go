@@ -121,7 +121,7 @@ func (s *Server) janitor() {
 
 // lookAtDue handles all deadlines that passed and returns the time to the next.
 func (s *Server) lookAtDue() time.Duration {
-	var remove []wire.NodeID
+	var remove, expire []wire.NodeID
 	now := s.cfg.Now()
 	s.mu.Lock()
 	wait := time.Hour
@@ -135,10 +135,11 @@ func (s *Server) lookAtDue() time.Duration {
 		if !n.offlineAt.IsZero() && !n.offlineAt.After(now) {
 			n.online, n.offlineAt = presenceOffline, time.Time{}
 		}
-		if !n.expired && expiredAt(n.Expires, now) {
-			s.expire(n)
-		}
 		s.changed(n)
+		if !n.expired && expiredAt(n.Expires, now) {
+			expire = append(expire, n.ID) // which looks at the rest again
+			continue
+		}
 		if at := s.removalAt(n); !at.IsZero() && !at.After(now) {
 			remove = append(remove, n.ID)
 			continue
@@ -146,20 +147,48 @@ func (s *Server) lookAtDue() time.Duration {
 		s.scheduleNode(n)
 	}
 	s.mu.Unlock()
+	for _, id := range expire {
+		s.expireDue(id)
+	}
 	for _, id := range remove {
 		s.removeIdle(id)
 	}
 	return wait
 }
 
-// expire ends a node's membership for as long as it has no new key. Server.mu
-// is held; the caller calls changed.
+// expireDue ends the membership of a node whose key has expired.
+func (s *Server) expireDue(id wire.NodeID) {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		return
+	}
+	if !n.expired && expiredAt(n.Expires, s.cfg.Now()) {
+		s.expire(n)
+	}
+	s.scheduleNode(n)
+}
+
+// expire ends a node's membership for as long as it has no new key: peers and
+// relays hear of it, its stream ends and no filter lets it in. opMu and
+// Server.mu are held.
 func (s *Server) expire(n *node) {
 	n.expired = true
 	if n.stream != nil {
 		n.stream.end(wire.CodeNodeKeyExpired)
 	}
 	s.member(n.Key, false)
+	s.changed(n)
+	s.entitle(n)
+}
+
+// entitle has the policy look at what n is now, and tells those whom that
+// concerns. opMu and Server.mu are held.
+func (s *Server) entitle(n *node) {
+	s.affected(n.ID, s.policy.compiled.Upsert(s.policyNode(n)))
 }
 
 // removeIdle removes an ephemeral node that is still silent.

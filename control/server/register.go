@@ -28,8 +28,18 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 	if !readJSON(w, r, &req) {
 		return
 	}
+	if req.Followup != "" && !s.tooOld(c, &req) && !s.isLogout(&req) {
+		if s.awaitLogin(r.Context(), c, &req); r.Context().Err() != nil {
+			return
+		}
+	}
 	resp, err := s.register(r.Context(), c, &req)
-	if err != nil {
+	switch {
+	case errors.Is(err, errTooManyLogins):
+		s.limit.failed(c.source)
+		tooMany(w, 60)
+		return
+	case err != nil:
 		code := wire.CodeOf(err)
 		if code == "" {
 			s.log.Error("registration failed", zap.Error(err))
@@ -42,10 +52,28 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 			text = err.Error() // names the tag that the caller named
 		}
 		resp = &wire.RegisterResponse{Error: text, MeshCode: code}
-	} else if !resp.NodeKeyExpired {
+	case resp.MachineAuthorized:
 		c.known()
+		s.loggedIn(c)
 	}
 	writeJSON(w, http.StatusOK, resp)
+}
+
+func (s *Server) tooOld(c *client, req *wire.RegisterRequest) bool {
+	return req.Version < wire.MinCapabilityVersion || c.version < wire.MinCapabilityVersion
+}
+
+func (s *Server) isLogout(req *wire.RegisterRequest) bool {
+	return !req.Expiry.IsZero() && req.Expiry.Before(s.cfg.Now())
+}
+
+// loggedIn notes that a machine is in, by whatever way: it waits no longer.
+func (s *Server) loggedIn(c *client) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.logins.byMachine[c.machine]; l != nil && l.state == loginPending {
+		s.logins.drop(l)
+	}
 }
 
 // newKeyPlease tells a client to make another node key and ask again.
@@ -56,7 +84,7 @@ func newKeyPlease(code wire.ErrorCode) *wire.RegisterResponse {
 // register decides what a machine's wish to be a node leads to. Refusals are
 // the errors of package wire.
 func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
-	if req.Version < wire.MinCapabilityVersion || c.version < wire.MinCapabilityVersion {
+	if s.tooOld(c, req) {
 		return nil, wire.ErrVersionTooOld
 	}
 	if req.NodeKey.IsZero() {
@@ -66,7 +94,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 	// not leave them different.
 	ctx = context.WithoutCancel(ctx)
 	now := s.cfg.Now()
-	logout := !req.Expiry.IsZero() && req.Expiry.Before(now)
+	logout := s.isLogout(req)
 
 	if resp, err := s.registerKnown(ctx, c, req, logout); resp != nil || err != nil {
 		return resp, err
@@ -132,14 +160,38 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 				return nil, err
 			}
 		}
-		return nil, keyErr
+		if !errors.Is(keyErr, wire.ErrNeedsLogin) {
+			return nil, keyErr
+		}
+		s.mu.Lock()
+		id, err := s.decided(c, req)
+		s.mu.Unlock()
+		switch {
+		case err != nil:
+			return nil, err
+		case id != 0:
+			return s.rotate(ctx, c, id, req.NodeKey)
+		}
+		return s.askLogin(c, req)
 	}
 	if buried, err := s.store.Buried(ctx, c.machine, key.ID); err != nil {
 		return nil, err
 	} else if buried {
 		return nil, fmt.Errorf("%w: this auth key brought the removed node in", wire.ErrNodeRevoked)
 	}
-	return s.enrol(ctx, c, req, text, key, old)
+	id, err := s.enrol(newEnrolment(c, req), c, key, old, func(n store.Node) (store.Node, error) {
+		return s.store.RegisterNode(ctx, text, n, now)
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		return nil, wire.ErrNodeUnknown
+	}
+	return s.welcome(&n.Node), nil
 }
 
 // registerKnown handles requests with the key of a live node: restart, logout,
@@ -187,11 +239,16 @@ func (s *Server) setExpiry(ctx context.Context, by string, id wire.NodeID, at ti
 		return nil
 	}
 	n.Expires = at
-	if expiredAt(at, now) {
+	switch expired := expiredAt(at, now); {
+	case expired && !n.expired:
 		// It said so itself, or was told: no grace.
 		n.online, n.offlineAt, n.LastSeen = presenceOffline, time.Time{}, now
 		s.unsaved[id] = struct{}{}
 		s.expire(n)
+	case !expired && n.expired:
+		n.expired = false
+		s.member(n.Key, true)
+		s.entitle(n)
 	}
 	s.changed(n)
 	s.scheduleNode(n)
@@ -261,78 +318,92 @@ func (s *Server) rekey(n *node, key identity.NodePublic, c *client) {
 	s.scheduleNode(n)
 }
 
-// enrol makes a node out of a verified key: a new one, or old with a new key if
-// it has the same owner. opMu is held.
-func (s *Server) enrol(ctx context.Context, c *client, req *wire.RegisterRequest, text string, key store.Key, old *store.Node) (*wire.RegisterResponse, error) {
+// enrol makes a node out of a wish and what entitles to it: a new one, or with
+// a new key the one that it was before, if that has the same owner. put stores
+// it. c is the connection of the node itself, or nil. opMu is held.
+func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, put func(store.Node) (store.Node, error)) (wire.NodeID, error) {
 	now := s.cfg.Now()
-	info := cleanHostinfo(req.Hostinfo)
 	s.mu.Lock()
-	tags, err := s.grantTags(req.Hostinfo, key)
+	tags, err := s.grantTags(e.tags, key)
 	if err != nil {
 		s.mu.Unlock()
-		return nil, err
+		return 0, err
 	}
 	n := store.Node{
-		Machine: c.machine, Key: req.NodeKey, Tags: tags, Created: now,
-		Ephemeral: key.Ephemeral || req.Ephemeral,
-		NodeState: store.NodeState{Hostinfo: info, Cap: req.Version},
+		Machine: e.machine, Key: e.key, Tags: tags, Created: now,
+		Ephemeral: key.Ephemeral || e.ephemeral,
+		NodeState: store.NodeState{Hostinfo: e.info, Cap: e.version},
 	}
 	if len(tags) == 0 {
 		n.User = key.User
-		if s.cfg.KeyExpiry > 0 {
-			n.Expires = now.Add(s.cfg.KeyExpiry)
-		}
 	}
-	if req.Expiry.After(now) && (n.Expires.IsZero() || req.Expiry.Before(n.Expires)) {
-		n.Expires = req.Expiry
+	if life := s.keyLife(key, len(tags) > 0); life > 0 {
+		n.Expires = now.Add(life)
 	}
-	renew := old != nil && old.User == n.User && slices.Equal(old.Tags, n.Tags)
+	if e.expiry.After(now) && (n.Expires.IsZero() || e.expiry.Before(n.Expires)) {
+		n.Expires = e.expiry
+	}
+	if old == nil || !sameOwner(old, &n) {
+		old = s.nodes.expiredLike(&n, now)
+	}
+	renew := old != nil
 	if renew {
 		n.ID, n.StableID, n.Created = old.ID, old.StableID, old.Created
-		n.Hostname, n.Name, n.IPv4, n.IPv6 = old.Hostname, old.Name, old.IPv4, old.IPv6
+		n.Hostname, n.Name, n.Named, n.IPv4, n.IPv6 = old.Hostname, old.Name, old.Named, old.IPv4, old.IPv6
 		n.NodeState = old.NodeState
+		n.Polled = false // with this key
 	} else {
 		n.StableID = newStableID()
-		n.Hostname = label(info.Hostname)
+		n.Hostname = label(e.info.Hostname)
 		n.Name = s.nodes.freeName(n.Hostname, 0)
 		n.IPv4, n.IPv6, err = s.nodes.pool.peek()
 	}
 	s.mu.Unlock()
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	if n, err = s.store.RegisterNode(ctx, text, n, now); err != nil {
-		return nil, err
+	if n, err = put(n); err != nil {
+		return 0, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if renew {
 		m := s.nodes.byID[n.ID]
-		m.Expires, m.expired, m.Ephemeral, m.AuthKey, m.idleSince = n.Expires, false, n.Ephemeral, n.AuthKey, now
+		m.Expires, m.Ephemeral, m.AuthKey, m.Polled, m.idleSince = n.Expires, n.Ephemeral, n.AuthKey, false, now
+		m.expired = false
 		s.rekey(m, n.Key, c)
-		return s.welcome(&m.Node), nil
+		s.entitle(m)
+		return n.ID, nil
 	}
 	m := s.nodes.add(n)
 	m.idleSince = now
 	// Until its first poll nobody can reach it.
 	m.online = presenceOffline
 	s.refresh(m)
-	s.affected(n.ID, s.policy.compiled.Upsert(s.policyNode(&m.Node)))
+	s.entitle(m)
 	s.member(n.Key, true)
 	s.scheduleNode(m)
-	return s.welcome(&m.Node), nil
+	return n.ID, nil
 }
+
+// keyLife is how long the key of a node that enrols with k is good for; 0 = for
+// ever.
+func (s *Server) keyLife(k store.Key, tagged bool) time.Duration {
+	switch {
+	case k.NodeExpiry != 0:
+		return max(k.NodeExpiry, 0)
+	case tagged:
+		return 0
+	}
+	return s.cfg.KeyExpiry
+}
+
+func sameOwner(a, b *store.Node) bool { return a.User == b.User && slices.Equal(a.Tags, b.Tags) }
 
 // grantTags decides on a new node's tags: those of the key and no others; or,
 // with a user's key, those it asks for and the user may give. Server.mu is
 // held.
-func (s *Server) grantTags(h *wire.Hostinfo, key store.Key) ([]string, error) {
-	var asked []string
-	if h != nil {
-		asked = slices.Clone(h.RequestTags)
-	}
-	slices.Sort(asked)
-	asked = slices.Compact(asked)
+func (s *Server) grantTags(asked []string, key store.Key) ([]string, error) {
 	if len(key.Tags) > 0 {
 		for _, t := range asked {
 			if !slices.Contains(key.Tags, t) {
@@ -351,7 +422,10 @@ func (s *Server) grantTags(h *wire.Hostinfo, key store.Key) ([]string, error) {
 
 // welcome is the answer to a node that is in. Server.mu is held.
 func (s *Server) welcome(n *store.Node) *wire.RegisterResponse {
-	p, _ := s.profile(wireUser(n))
+	p := s.profile(wireUser(n))
+	if p == nil {
+		p = &wire.UserProfile{ID: wireUser(n)}
+	}
 	return &wire.RegisterResponse{
 		User:              wire.User{ID: p.ID, DisplayName: p.DisplayName, Created: s.users[n.User].Created},
 		Login:             wire.Login{ID: int64(p.ID), LoginName: p.LoginName, DisplayName: p.DisplayName},
@@ -359,7 +433,9 @@ func (s *Server) welcome(n *store.Node) *wire.RegisterResponse {
 	}
 }
 
-var stableIDs = base32.NewEncoding("abcdefghijkmnpqrstuvwxyz23456789").WithPadding(base32.NoPadding)
+const stableAlphabet = "abcdefghijkmnpqrstuvwxyz23456789"
+
+var stableIDs = base32.NewEncoding(stableAlphabet).WithPadding(base32.NoPadding)
 
 func newStableID() identity.StableID {
 	var b [10]byte

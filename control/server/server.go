@@ -30,7 +30,7 @@ type Config struct {
 	Store store.Store // required; stays open when the server closes
 
 	Domain  string // DNS suffix of the mesh; default "mesh.internal"
-	BaseURL string // public URL, for Status only
+	BaseURL string // public URL, where users see who asks to log in; "" = auth keys only
 
 	// DERPMap lists relays known from the start, such as the one in the same
 	// process. Relays that announce themselves are added to it. Regions of
@@ -114,11 +114,13 @@ type Server struct {
 	mu       sync.Mutex
 	nodes    registry
 	users    map[wire.UserID]store.User
+	profiles map[wire.UserID]*wire.UserProfile // of users, made when first asked for
 	policy   policyState
 	relays   relaySet
 	members  map[*subscriber]struct{}
 	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
 	deadline deadlines
+	logins   logins
 
 	transport transport
 	limit     limiter
@@ -138,14 +140,16 @@ func New(cfg Config) (*Server, error) {
 	}
 	cfg.setDefaults()
 	s := &Server{
-		cfg:     cfg,
-		log:     cfg.Logger,
-		store:   cfg.Store,
-		users:   make(map[wire.UserID]store.User),
-		members: make(map[*subscriber]struct{}),
-		unsaved: make(map[wire.NodeID]struct{}),
-		kick:    make(chan struct{}, 1),
+		cfg:      cfg,
+		log:      cfg.Logger,
+		store:    cfg.Store,
+		users:    make(map[wire.UserID]store.User),
+		profiles: make(map[wire.UserID]*wire.UserProfile),
+		members:  make(map[*subscriber]struct{}),
+		unsaved:  make(map[wire.NodeID]struct{}),
+		kick:     make(chan struct{}, 1),
 	}
+	s.logins.init()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.limit.init(cfg.FailureRate, cfg.FailureBurst, cfg.Now)
 	if err := s.load(s.ctx); err != nil {

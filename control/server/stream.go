@@ -21,7 +21,7 @@ type stream struct {
 
 	// Owned by the goroutine of the poll.
 	sent     map[wire.NodeID]*view // peers as the node knows them
-	profiles map[wire.UserID]struct{}
+	profiles map[wire.UserID]*wire.UserProfile
 	filter   [sha256.Size]byte // of the rules as encoded
 	policy   int64
 	spoke    time.Time // when the last message left
@@ -42,7 +42,7 @@ type pending struct {
 func newStream(id wire.NodeID, c *client) *stream {
 	return &stream{
 		id: id, client: c, wake: make(chan struct{}, 1),
-		sent: make(map[wire.NodeID]*view), profiles: make(map[wire.UserID]struct{}),
+		sent: make(map[wire.NodeID]*view), profiles: make(map[wire.UserID]*wire.UserProfile),
 	}
 }
 
@@ -155,12 +155,9 @@ func (s *Server) collect(st *stream) (n news) {
 	}
 	n.policy = s.policy.Version
 	user := func(id wire.UserID) {
-		if _, ok := st.profiles[id]; ok {
-			return
-		}
-		if prof, ok := s.profile(id); ok {
-			n.profiles = append(n.profiles, prof)
-			st.profiles[id] = struct{}{}
+		if p := s.profile(id); p != nil && st.profiles[id] != p {
+			n.profiles = append(n.profiles, *p)
+			st.profiles[id] = p
 		}
 	}
 	if p.self {
@@ -199,6 +196,10 @@ func (s *Server) collect(st *stream) (n news) {
 		}
 	}
 	if p.all {
+		// A policy says which groups users are in.
+		for id := range st.profiles {
+			user(id)
+		}
 		visible := s.policy.compiled.Visible(st.id)
 		set := make(map[wire.NodeID]struct{}, len(visible))
 		for _, id := range visible {

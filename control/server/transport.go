@@ -122,11 +122,12 @@ func (t *transport) close() {
 }
 
 // Handler returns what the world may reach: GET /key, POST /ts2021, GET
-// /health. It must be served over HTTP/1.1; see HTTPServer.
+// /login/CODE, GET /health. It must be served over HTTP/1.1; see HTTPServer.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /key", s.serveKey)
 	mux.HandleFunc("/ts2021", s.transport.serveUpgrade)
+	mux.HandleFunc("GET /login/{code}", s.serveLogin)
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "pass"})
 	})

@@ -18,6 +18,7 @@ const (
 	CodeNodeUnknown     ErrorCode = "node-unknown"
 	CodeTagNotAllowed   ErrorCode = "tag-not-allowed"
 	CodeNeedsLogin      ErrorCode = "needs-login"
+	CodeLoginRejected   ErrorCode = "login-rejected"
 	CodeCloned          ErrorCode = "cloned"
 	CodeVersionTooOld   ErrorCode = "version-too-old"
 	CodeRelayKeyUnknown ErrorCode = "relay-key-unknown"
@@ -36,6 +37,7 @@ var (
 	ErrNodeUnknown     = errors.New("control server does not know this node: enrol it")
 	ErrTagNotAllowed   = errors.New("tag not allowed for this key")
 	ErrNeedsLogin      = errors.New("login needed: no valid identity and no auth key")
+	ErrLoginRejected   = errors.New("login was rejected by an administrator")
 	ErrCloned          = errors.New("another copy of this node's identity is running: the newer one stays")
 	ErrVersionTooOld   = errors.New("client is too old for this control server")
 	ErrRelayKeyUnknown = errors.New("unknown relay key: create one with `mesh key create --relay`")
@@ -53,6 +55,7 @@ var byCode = map[ErrorCode]error{
 	CodeNodeUnknown:     ErrNodeUnknown,
 	CodeTagNotAllowed:   ErrTagNotAllowed,
 	CodeNeedsLogin:      ErrNeedsLogin,
+	CodeLoginRejected:   ErrLoginRejected,
 	CodeCloned:          ErrCloned,
 	CodeVersionTooOld:   ErrVersionTooOld,
 	CodeRelayKeyUnknown: ErrRelayKeyUnknown,
