@@ -6,31 +6,59 @@ import (
 	"time"
 
 	"mesh/control/host"
+	"mesh/identity"
 )
 
+// ControlConfig is what a control server process is told: see host.Config.
+type ControlConfig struct {
+	DataDir, Listen, URL string
+	Policy               string // file, "" = the stored one
+	Relay                bool   // with a relay, and STUN at the default port of STUN's address
+	STUN                 string
+}
+
 // ControlReady is what a control server process says when it runs.
-type ControlReady struct{ URL, Addr, Socket string }
+type ControlReady struct{ URL, Addr, Socket, Key string }
 
 func playControl(config json.RawMessage) (*part, error) {
-	var c struct{ DataDir, Listen, Policy string }
+	var c ControlConfig
 	if err := json.Unmarshal(config, &c); err != nil {
 		return nil, err
 	}
-	h, err := host.Start(host.Config{DataDir: c.DataDir, Listen: c.Listen, PolicyFile: c.Policy, NoRelay: true})
+	h, err := host.Start(host.Config{
+		DataDir: c.DataDir, Listen: c.Listen, URL: c.URL, PolicyFile: c.Policy, NoRelay: !c.Relay, STUN: c.STUN,
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &part{ready: ControlReady{h.URL(), h.Addr(), h.Socket()}, close: h.Close}, nil
+	return &part{ready: ControlReady{h.URL(), h.Addr(), h.Socket(), h.Key().String()}, close: h.Close}, nil
 }
 
+// RelayConfig is what a relay process is told: see host.RelayConfig.
+type RelayConfig struct {
+	DataDir, ControlURL, ControlKey, RelayKey string
+	Listen, STUN                              string
+	Host                                      string
+	Region                                    int
+}
+
+// RelayReady is what a relay process says when the control server knows it.
+type RelayReady struct{ Region int }
+
 func playRelay(config json.RawMessage) (*part, error) {
-	var c struct{ DataDir, ControlURL, RelayKey string }
+	var c RelayConfig
 	if err := json.Unmarshal(config, &c); err != nil {
 		return nil, err
 	}
+	var pin identity.MachinePublic
+	if c.ControlKey != "" {
+		if err := pin.UnmarshalText([]byte(c.ControlKey)); err != nil {
+			return nil, err
+		}
+	}
 	r, err := host.StartRelay(host.RelayConfig{
-		DataDir: c.DataDir, Listen: "127.0.0.1:0", STUN: "127.0.0.1:0",
-		ControlURL: c.ControlURL, RelayKey: c.RelayKey,
+		DataDir: c.DataDir, Listen: c.Listen, STUN: c.STUN, Host: c.Host, Region: c.Region,
+		ControlURL: c.ControlURL, ControlKey: pin, RelayKey: c.RelayKey,
 	})
 	if err != nil {
 		return nil, err
@@ -42,5 +70,5 @@ func playRelay(config json.RawMessage) (*part, error) {
 	case <-time.After(Patience):
 		return nil, errors.Join(errors.New("not announced"), r.Close())
 	}
-	return &part{ready: struct{ Region int }{r.Region()}, close: r.Close}, nil
+	return &part{ready: RelayReady{r.Region()}, close: r.Close}, nil
 }

@@ -20,10 +20,15 @@ import (
 	"mesh"
 )
 
-// NodeConfig is what a node process is told.
+// NodeConfig is what a node process is told: see mesh.Node.
 type NodeConfig struct {
-	Hostname, ControlURL, AuthKey, Dir string
-	RelayOnly                          bool
+	Hostname, ControlURL, ControlKey, AuthKey, Dir string
+	RelayOnly                                      bool
+}
+
+// NodeReady is what a node process says when it is up.
+type NodeReady struct {
+	Seconds float64 // that Up took
 }
 
 // Transfer tells one end of a transfer what to do: dial Addr, or accept the
@@ -67,7 +72,10 @@ func playNode(config json.RawMessage) (*part, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	a := &agent{
-		node:      &mesh.Node{Hostname: c.Hostname, ControlURL: c.ControlURL, AuthKey: c.AuthKey, Dir: c.Dir, RelayOnly: c.RelayOnly},
+		node: &mesh.Node{
+			Hostname: c.Hostname, ControlURL: c.ControlURL, ControlKey: c.ControlKey, AuthKey: c.AuthKey,
+			Dir: c.Dir, RelayOnly: c.RelayOnly,
+		},
 		ctx:       ctx,
 		listeners: map[int]net.Listener{},
 	}
@@ -79,7 +87,7 @@ func playNode(config json.RawMessage) (*part, error) {
 		return nil, errors.Join(err, a.node.Close())
 	}
 	return &part{
-		ready: struct{ Seconds float64 }{time.Since(begin).Seconds()},
+		ready: NodeReady{time.Since(begin).Seconds()},
 		commands: map[string]func(json.RawMessage) (any, error){
 			"status":   func(json.RawMessage) (any, error) { return a.node.Status(), nil },
 			"listen":   command(a.listen),
@@ -89,6 +97,7 @@ func playNode(config json.RawMessage) (*part, error) {
 			"received": func(json.RawMessage) (any, error) { return a.received.Load(), nil },
 			"flow":     command(a.startFlow),
 			"rounds":   func(json.RawMessage) (any, error) { return a.rounds.Load(), nil },
+			"beat":     command(a.beat),
 			"endflow":  func(json.RawMessage) (any, error) { return nil, a.endFlow() },
 		},
 		close: func() error {

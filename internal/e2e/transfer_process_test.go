@@ -18,7 +18,7 @@ import (
 type world struct {
 	t       testing.TB
 	dir     string
-	config  struct{ DataDir, Listen, Policy string }
+	config  actor.ControlConfig
 	ready   actor.ControlReady
 	control *actor.Process
 	relay   *actor.Process
@@ -37,8 +37,9 @@ func startWorld(t testing.TB, policy string) *world {
 	w.startControl()
 	w.config.Policy = "" // it is stored now, and may be changed
 	key := w.key(admin.KeyCreate{Relay: true})
-	w.relay = actor.Start(t, "relay", "relay", struct{ DataDir, ControlURL, RelayKey string }{
-		filepath.Join(w.dir, "relay"), w.ready.URL, key,
+	w.relay = actor.Start(t, "relay", "relay", actor.RelayConfig{
+		DataDir: filepath.Join(w.dir, "relay"), ControlURL: w.ready.URL, RelayKey: key,
+		Listen: "127.0.0.1:0", STUN: "127.0.0.1:0",
 	}, nil)
 	return w
 }
