@@ -40,12 +40,13 @@ type peer struct {
 	born instant // not changed
 
 	// Guarded by Path.mu.
-	info   Peer
-	ch     chooser
-	at     instant // when something is due
-	index  int     // in the heap; -1 = not there
-	gone   bool
-	unsent unsent
+	info    Peer
+	ch      chooser
+	at      instant // when something is due
+	index   int     // in the heap; -1 = not there
+	gone    bool
+	unsent  unsent
+	pingers []chan Pong // calls of Ping that wait
 
 	bound map[netip.AddrPort]struct{} // guarded by table.mu
 }

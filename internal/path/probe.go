@@ -92,6 +92,9 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 		pr, ok := pe.ch.pong(m.TxID, now, &out)
 		if ok {
 			p.settleLocked(pe, now)
+			if pr.asked {
+				p.tellPingersLocked(pe, Pong{Addr: pr.to, Latency: now - pr.at})
+			}
 		}
 		p.mu.Unlock()
 		if !ok {
@@ -131,7 +134,10 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 		// It proves no direct path, but measures the relay.
 		if pe := p.peers.get(from); pe != nil {
 			p.mu.Lock()
-			pe.ch.relayPong(m.TxID, p.now())
+			now := p.now()
+			if pr, ok := pe.ch.relayPong(m.TxID, now); ok && pr.asked {
+				p.tellPingersLocked(pe, Pong{Region: region, Latency: now - pr.at})
+			}
 			p.mu.Unlock()
 		}
 	case disco.CallMeMaybe:

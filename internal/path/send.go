@@ -68,9 +68,19 @@ func anyFull(datagrams [][]byte) bool {
 
 // bySize parts datagrams at minDatagram.
 func bySize(datagrams [][]byte) (small, full [][]byte) {
-	if !anyFull(datagrams) {
-		return datagrams, nil
+	n := 0
+	for _, d := range datagrams {
+		if len(d) > minDatagram {
+			n++
+		}
 	}
+	switch n {
+	case 0:
+		return datagrams, nil
+	case len(datagrams):
+		return nil, datagrams
+	}
+	small, full = make([][]byte, 0, len(datagrams)-n), make([][]byte, 0, n)
 	for _, d := range datagrams {
 		if len(d) > minDatagram {
 			full = append(full, d)
@@ -104,9 +114,9 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 			p.sendFailed(pe, to, e)
 		}
 	}
-	small, full := bySize(datagrams)
 	byRelay := datagrams
 	if direct != nil {
+		small, full := bySize(datagrams)
 		udp(*direct, small)
 		if pe.proven.Load() || !p.relays.connected(region) {
 			udp(*direct, full)

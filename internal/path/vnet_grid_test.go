@@ -1,0 +1,168 @@
+package path_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"mesh/internal/vnet"
+)
+
+// kind is a place where an agent may live.
+type kind struct {
+	name string
+	make func(n *vnet.Net) *vnet.Host
+}
+
+func behind(spec vnet.NAT) func(n *vnet.Net) *vnet.Host {
+	return func(n *vnet.Net) *vnet.Host { return n.NAT(spec).Host() }
+}
+
+// kinds are the rows and columns of the grid.
+var kinds = []kind{
+	{"public", func(n *vnet.Net) *vnet.Host { return n.Host(vnet.V4) }},
+	{"full", behind(vnet.FullCone())},
+	{"addr", behind(vnet.AddressRestricted())},
+	{"port", behind(vnet.PortRestricted())},
+	{"drop", behind(vnet.Home())},
+	{"bare", behind(vnet.Masquerade())},
+	{"sym", behind(vnet.Symmetric())},
+	{"seq", behind(vnet.SymmetricSequential())},
+	{"cgnat", func(n *vnet.Net) *vnet.Host { return n.NAT(vnet.CGN()).NAT(vnet.Home()).Host() }},
+	{"udpblk", behind(vnet.UDPBlocked())},
+}
+
+// expect says what becomes of a pair: direct, relay, or either, depending on
+// who is heard first.
+func expect(a, b string) string {
+	is := func(names ...string) bool { return slices.Contains(names, a) || slices.Contains(names, b) }
+	other := a
+	if a == "sym" || a == "seq" || a == "bare" {
+		other = b
+	}
+	switch {
+	case is("udpblk"):
+		return "relay"
+	case is("sym", "seq"):
+		if slices.Contains([]string{"public", "full", "addr"}, other) {
+			return "direct"
+		}
+		return "relay"
+	case is("bare"):
+		if slices.Contains([]string{"public", "full", "addr"}, other) {
+			return "direct"
+		}
+		return "either"
+	}
+	return "direct"
+}
+
+// outcome is what became of a pair.
+type outcome struct {
+	direct   bool
+	first    time.Duration // until both heard something
+	toDirect time.Duration // until both use a direct path
+	gap      time.Duration // the longest time that either heard nothing
+	how      string
+}
+
+// starts are who sends first: both, a, or b.
+var starts = []string{"together", "a first", "b first"}
+
+const headStart = 400 * time.Millisecond
+
+// punch lets a pair talk and tells what became of it. If the pair is to be
+// direct it takes no longer than limit; otherwise it watches that long.
+func punch(t *testing.T, w *world, ha, hb *vnet.Host, start string, limit time.Duration) (o outcome) {
+	t.Helper()
+	a, b := w.agent("a", ha), w.agent("b", hb)
+	time.Sleep(time.Second) // control tells
+	began := time.Now()
+	for d := time.Duration(0); d < limit && !bothDirect(a, b); d = time.Since(began) {
+		if start != "b first" || d >= headStart {
+			a.say(b, dataLen)
+		}
+		if start != "a first" || d >= headStart {
+			b.say(a, dataLen)
+		}
+		time.Sleep(every)
+	}
+	o.toDirect = time.Since(began)
+	talk(a, b, 4*time.Second) // it stays so
+	o.direct = bothDirect(a, b)
+	o.how = how(a, b)
+	fa, _, _ := a.heardFrom(b)
+	fb, _, _ := b.heardFrom(a)
+	if fa.IsZero() || fb.IsZero() {
+		o.first, o.gap = time.Hour, time.Hour
+		return o
+	}
+	o.first = max(fa.Sub(began), fb.Sub(began))
+	o.gap = max(a.gapFrom(b), b.gapFrom(a))
+	return o
+}
+
+// noGap is how long an agent may hear nothing while a path is found: the
+// longest round trip, and then some.
+const noGap = 500 * time.Millisecond
+
+func (o outcome) check(t *testing.T, want string) {
+	t.Helper()
+	if want == "direct" && !o.direct || want == "relay" && o.direct {
+		t.Errorf("want %s: %s", want, o.how)
+	}
+	if o.first > time.Second {
+		t.Errorf("first data after %v", o.first)
+	}
+	if o.gap > noGap {
+		t.Errorf("nothing arrived for %v", o.gap)
+	}
+}
+
+// The grid: each pair of kinds, started three ways. Data flows in each cell all
+// the time, directly wherever that can be.
+func TestVnetGrid(t *testing.T) {
+	const limit = 6 * time.Second
+	cells := make(map[string]string)
+	directs, punches := 0, 0
+	for i, ka := range kinds {
+		for _, kb := range kinds[i:] {
+			t.Run(ka.name+" "+kb.name, func(t *testing.T) {
+				var text []string
+				for _, start := range starts {
+					inWorld(t, 1, func(t *testing.T, w *world) {
+						o := punch(t, w, ka.make(w.n), kb.make(w.n), start, limit)
+						want := expect(ka.name, kb.name)
+						o.check(t, want)
+						punches++
+						if o.direct {
+							directs++
+							text = append(text, fmt.Sprint(o.toDirect.Milliseconds()))
+						} else {
+							text = append(text, "R")
+						}
+					})
+				}
+				cells[ka.name+" "+kb.name] = strings.Join(text, "/")
+			})
+		}
+	}
+	var table strings.Builder
+	fmt.Fprintf(&table, "ms to a direct path, or R for relay: together/a first/b first\n%-8s", "")
+	for _, k := range kinds {
+		fmt.Fprintf(&table, " %-15s", k.name)
+	}
+	for i, ka := range kinds {
+		fmt.Fprintf(&table, "\n%-8s", ka.name)
+		for j, kb := range kinds {
+			text := ""
+			if j >= i {
+				text = cells[ka.name+" "+kb.name]
+			}
+			fmt.Fprintf(&table, " %-15s", text)
+		}
+	}
+	t.Logf("%d of %d direct\n%s", directs, punches, table.String())
+}
