@@ -202,42 +202,6 @@ func (m *Map) User(id wire.UserID) (*wire.UserProfile, bool) {
 	return u, u != nil
 }
 
-// ClockOffset returns how far control's clock is ahead of ours, 0 if that is a
-// minute at most.
-func (m *Map) ClockOffset() time.Duration { return m.offset }
-
-// sane is a moment before which no clock can be right.
-var sane = time.Date(2023, 1, 10, 0, 0, 0, 0, time.UTC)
-
-// Expired reports whether the node's key is no longer good at the moment now of
-// the local clock. A corrected clock that is absurd decides nothing.
-func (m *Map) Expired(n *wire.Node, now time.Time) bool {
-	if n.Expired {
-		return true
-	}
-	now = now.Add(m.offset)
-	return !n.KeyExpiry.IsZero() && now.After(sane) && !now.Before(n.KeyExpiry)
-}
-
-// NextExpiry returns the first moment after now, by the local clock, at which
-// the key of the own node or of a peer expires; the zero time if none does.
-func (m *Map) NextExpiry(now time.Time) time.Time {
-	var next time.Time
-	look := func(n *wire.Node) {
-		if n.KeyExpiry.IsZero() || m.Expired(n, now) {
-			return
-		}
-		if at := n.KeyExpiry.Add(-m.offset); next.IsZero() || at.Before(next) {
-			next = at
-		}
-	}
-	look(m.Self())
-	for p := range m.Peers() {
-		look(p.Node)
-	}
-	return next
-}
-
 // Response returns the whole map as the first message of a stream would bring
 // it. Apply(nil, m.Response()) gives an equal map.
 func (m *Map) Response() *wire.MapResponse {

@@ -1,0 +1,82 @@
+package netmap
+
+import (
+	"time"
+
+	"mesh/control/wire"
+)
+
+// ClockOffset returns how far control's clock is ahead of ours, 0 if that is a
+// minute at most.
+func (m *Map) ClockOffset() time.Duration { return m.offset }
+
+// sane is a moment before which no clock can be right.
+var sane = time.Date(2023, 1, 10, 0, 0, 0, 0, time.UTC)
+
+// clock returns the time by which keys expire at the moment now of the local
+// clock: that of control, which set the expiry, or the local one where control's
+// is absurd. It reports false if both are.
+func (m *Map) clock(now time.Time) (time.Time, bool) {
+	if at := now.Add(m.offset); at.After(sane) {
+		return at, true
+	}
+	return now, now.After(sane)
+}
+
+// Expired reports whether the node's key is no longer good at the moment now of
+// the local clock. Control's word alone decides while no clock can be right, and
+// of an expiry that was set by no clock that is.
+func (m *Map) Expired(n *wire.Node, now time.Time) bool {
+	if n.Expired {
+		return true
+	}
+	at, ok := m.clock(now)
+	return ok && n.KeyExpiry.After(sane) && !at.Before(n.KeyExpiry)
+}
+
+// NextExpiry returns the first moment after now, by the local clock, at which
+// the key of the own node or of a peer expires; the zero time if none does, or
+// no clock can be right.
+func (m *Map) NextExpiry(now time.Time) time.Time {
+	at, ok := m.clock(now)
+	if !ok {
+		return time.Time{}
+	}
+	offset := at.Sub(now)
+	var next time.Time
+	look := func(n *wire.Node) {
+		if !n.KeyExpiry.After(sane) || m.Expired(n, now) {
+			return
+		}
+		if at := n.KeyExpiry.Add(-offset); next.IsZero() || at.Before(next) {
+			next = at
+		}
+	}
+	look(m.Self())
+	for p := range m.Peers() {
+		look(p.Node)
+	}
+	return next
+}
+
+// Expire returns the map in which the peers whose keys are no longer good at the
+// moment now of the local clock say so in Expired: control does not have to be
+// there for that. It returns m itself where they all do.
+func (m *Map) Expire(now time.Time) *Map {
+	var ids []NodeID
+	for p := range m.Peers() {
+		if !p.Expired && m.Expired(p.Node, now) {
+			ids = append(ids, p.ID)
+		}
+	}
+	if len(ids) == 0 {
+		return m
+	}
+	e := newEdit(&m.index, m.Self())
+	for _, id := range ids {
+		e.patch(id, func(n *wire.Node) { n.Expired = true })
+	}
+	next := *m
+	next.index = e.finish(new(Delta))
+	return &next
+}
