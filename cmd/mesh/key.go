@@ -28,23 +28,16 @@ reusable and does not expire unless --expires says so.`,
 		fs.BoolVar(&k.Ephemeral, "ephemeral", false, "nodes are forgotten soon after they leave")
 		fs.BoolVar(&k.Relay, "relay", false, "for relays instead of nodes")
 		fs.StringVar(&k.User, "user", "", "`NAME` of the user whom nodes belong to")
-		fs.Func("tag", "`TAG` for nodes, \"tag:db\"; may be repeated", func(s string) error {
-			for _, tag := range strings.Split(s, ",") {
-				if !strings.HasPrefix(tag, "tag:") || tag == "tag:" {
-					return fmt.Errorf("want \"tag:NAME\"")
-				}
-				k.Tags = append(k.Tags, tag)
-			}
-			return nil
-		})
+		tagFlag(fs, &k.Tags, "`TAG` for nodes, \"tag:db\"; may be repeated")
 		fs.Func("expires", "how `LONG` the key is good for: \"24h\", \"30d\" (default 90d)", func(s string) (err error) {
 			k.Expires, err = parseSpan(s)
 			return err
 		})
+		nodeExpiryFlag(fs, &k.NodeExpiry, "how `LONG` its nodes' keys live: \"30d\" or \"never\"")
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
 			switch {
-			case k.Relay && (k.User != "" || len(k.Tags) > 0 || k.Ephemeral):
-				return usageError{"a relay key has no user or tags and is not ephemeral"}
+			case k.Relay && (k.User != "" || len(k.Tags) > 0 || k.Ephemeral || k.NodeExpiry != 0):
+				return usageError{"a relay key has no user or tags, is not ephemeral and enrols no nodes"}
 			case !k.Relay && (k.User == "") == (len(k.Tags) == 0):
 				return usageError{"a key belongs to a user or carries tags: give --user or --tag, and not both"}
 			}
@@ -56,6 +49,28 @@ reusable and does not expire unless --expires says so.`,
 			return nil
 		})
 	},
+}
+
+// tagFlag binds a flag that takes a tag, or several with commas, and may be
+// repeated.
+func tagFlag(fs *flag.FlagSet, tags *[]string, usage string) {
+	fs.Func("tag", usage, func(s string) error {
+		list, err := parseTags(s)
+		*tags = append(*tags, list...)
+		return err
+	})
+}
+
+// nodeExpiryFlag binds --node-expiry: negative is never, 0 is not given.
+func nodeExpiryFlag(fs *flag.FlagSet, d *time.Duration, usage string) {
+	fs.Func("node-expiry", usage, func(s string) (err error) {
+		if s == "never" {
+			*d = -1
+			return nil
+		}
+		*d, err = parseSpan(s)
+		return err
+	})
 }
 
 // parseSpan reads a positive duration, with days besides the units of package
@@ -88,7 +103,7 @@ var keyList = &command{
 				return c.writeJSON(keys)
 			}
 			now := time.Now()
-			t := newTable(c.stdout, "ID", "FOR", "OWNER", "KIND", "STATE", "CREATED", "EXPIRES", "LAST USED")
+			t := newTable(c.stdout, "ID", "FOR", "OWNER", "KIND", "STATE", "CREATED", "EXPIRES", "LAST USED", "NODE KEYS")
 			for _, k := range keys {
 				kind := "one use"
 				if k.Reusable {
@@ -101,12 +116,25 @@ var keyList = &command{
 				if k.Kind == "relay" {
 					use = "relays"
 				}
-				t.row(strconv.FormatInt(k.ID, 10), use, owner(k.User, k.Tags), kind, k.State, ago(k.Created, now), ago(k.Expires, now), ago(k.Used, now))
+				t.row(strconv.FormatInt(k.ID, 10), use, owner(k.User, k.Tags), kind, k.State, ago(k.Created, now), ago(k.Expires, now), ago(k.Used, now), nodeKeys(k))
 			}
 			t.flush()
 			return nil
 		})
 	},
+}
+
+// nodeKeys tells how long the keys of a key's nodes live.
+func nodeKeys(k admin.Key) string {
+	switch {
+	case k.Kind == "relay":
+		return ""
+	case k.NodeExpiry < 0:
+		return "never expire"
+	case k.NodeExpiry > 0:
+		return "expire after " + span(k.NodeExpiry)
+	}
+	return "default"
 }
 
 var keyRevoke = &command{

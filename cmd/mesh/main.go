@@ -42,7 +42,8 @@ func commands() []*command {
 		serveCommand, relayCommand, statusCommand,
 		keyCreate, keyList, keyRevoke,
 		userCreate, userList, userRemove,
-		nodeList, nodeShow, nodeRemove,
+		nodeList, nodeShow, nodeRename, nodeTag, nodeExpire, nodeRemove,
+		nodePending, nodeApprove, nodeReject,
 		policyGet, policySet, policyCheck,
 		relayList, relayRemove,
 	}

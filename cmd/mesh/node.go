@@ -24,16 +24,20 @@ var nodeList = &command{
 				return c.writeJSON(nodes)
 			}
 			now := time.Now()
-			t := newTable(c.stdout, "NAME", "ADDRESS", "OWNER", "SEEN", "CREATED")
+			t := newTable(c.stdout, "NAME", "ADDRESS", "OWNER", "SEEN", "KEY EXPIRES", "CREATED")
 			for _, n := range nodes {
 				address := ""
 				if len(n.Addresses) > 0 {
 					address = n.Addresses[0].String()
 				}
-				t.row(n.Name, address, owner(n.User, n.Tags), seen(n, now), ago(n.Created, now))
+				t.row(n.Name, address, owner(n.User, n.Tags), seen(n, now), ago(n.Expires, now), ago(n.Created, now))
 			}
 			t.flush()
-			return nil
+			st, err := s.Status(ctx)
+			if err == nil && st.Pending > 0 {
+				c.printf("\n%d more to be let in: see mesh node pending\n", st.Pending)
+			}
+			return err
 		})
 	},
 }
@@ -56,7 +60,7 @@ func seen(n admin.Node, now time.Time) string {
 var nodeShow = &command{
 	name: "node show", args: "NAME", min: 1, max: 1,
 	short: "show all about a node",
-	long:  `NAME is a name, full name, stable ID or mesh address.`,
+	long:  nodeNames,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		asJSON := jsonFlag(fs)
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
@@ -74,10 +78,14 @@ var nodeShow = &command{
 			}
 			expires := ago(n.Expires, now)
 			if n.Expired {
-				expires += ", expired"
+				expires = "expired " + expires
+			}
+			name := n.FullName
+			if n.Named {
+				name += ", given by an administrator (host: " + n.Hostname + ")"
 			}
 			writeFields(c, [][2]string{
-				{"name", n.FullName},
+				{"name", name},
 				{"id", string(n.StableID)},
 				{"owner", owner(n.User, n.Tags)},
 				{"addresses", list(n.Addresses)},
@@ -109,7 +117,7 @@ var nodeRemove = &command{
 	name: "node remove", args: "NAME", min: 1, max: 1,
 	short: "revoke a node: it is cut off at once",
 	long: `
-NAME is a name, full name, stable ID or mesh address. All connections of the node
+` + nodeNames + ` All connections of the node
 end; it cannot come back without another key.`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {

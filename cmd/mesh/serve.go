@@ -43,6 +43,7 @@ is encrypted, and the relay as TLS with a certificate of its own. With --tls-cer
 		fs.BoolVar(&cfg.NoRelay, "no-relay", false, "no relay and no STUN here: see mesh help relay")
 		fs.StringVar(&cfg.TLSCert, "tls-cert", "", "PEM `FILE` of the certificate")
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
+		nodeExpiryFlag(fs, &cfg.NodeExpiry, "how `LONG` keys of users' nodes live: \"30d\" or \"never\" (default 90d)")
 		database := fs.String("database", "", "PostgreSQL `URL`: not in this version")
 		verbose := fs.Bool("v", false, "log what happens, on stderr")
 		return func(ctx context.Context, c *call) (err error) {

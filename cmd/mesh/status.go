@@ -86,13 +86,17 @@ func serverStatus(ctx context.Context, c *call, data string, asJSON bool) error 
 	if st.DenyAll {
 		policy = "none: nobody may reach anybody"
 	}
+	nodes := fmt.Sprintf("%d, %d online", st.Nodes, st.Online)
+	if st.Pending > 0 {
+		nodes += fmt.Sprintf(", %d more to be let in (mesh node pending)", st.Pending)
+	}
 	writeFields(c, [][2]string{
 		{"url", st.URL},
 		{"key", st.Key.String()},
 		{"domain", st.Domain},
 		{"policy", policy},
 		{"users", strconv.Itoa(st.Users)},
-		{"nodes", fmt.Sprintf("%d, %d online", st.Nodes, st.Online)},
+		{"nodes", nodes},
 	})
 	if len(relays) == 0 {
 		c.printf("\nno relay: nodes that cannot reach each other directly have no path\n")

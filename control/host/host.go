@@ -54,7 +54,10 @@ type Config struct {
 	URL        string
 	Domain     string // suffix of the nodes' names; "" = "mesh.internal"
 	PolicyFile string // policy to put in force if it differs; "" = the stored one
-	NoRelay    bool   // run no relay; another must announce itself
+	// NodeExpiry is how long the keys of users' nodes live; 0 = 90 days,
+	// negative = they never expire. Keys of nodes with tags do not expire.
+	NodeExpiry time.Duration
+	NoRelay    bool // run no relay; another must announce itself
 	// TLSCert and TLSKey are PEM files. With them everything is TLS; without,
 	// control is plain HTTP (the protocol inside is encrypted) and the relay
 	// has a certificate of its own, which nodes pin.
@@ -150,6 +153,7 @@ func Start(cfg Config) (_ *Host, err error) {
 		Domain:           cfg.Domain,
 		BaseURL:          h.url,
 		DERPMap:          derpMap,
+		KeyExpiry:        cfg.NodeExpiry,
 		OfflineGrace:     cfg.OfflineGrace,
 		EphemeralTimeout: cfg.EphemeralTimeout,
 		Logger:           cfg.Logger,
