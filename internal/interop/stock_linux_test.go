@@ -2,6 +2,7 @@ package interop
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -52,7 +53,7 @@ func startStock(t testing.TB, name string, env []string, args ...string) *proces
 	p := &process{
 		t: t, name: name,
 		cmd:     exec.Command(program, args...),
-		log:     filepath.Join(t.TempDir(), name+".log"),
+		log:     filepath.Join(logDir(t), name+".log"),
 		ended:   make(chan struct{}),
 		calls:   make(map[int64]chan reply),
 		events:  make(map[string][]json.RawMessage),
@@ -87,9 +88,32 @@ func startStock(t testing.TB, name string, env []string, args ...string) *proces
 	return p
 }
 
+// logDir is where a test's stock programs write their logs: a temporary
+// directory, or one in $MESH_INTEROP_LOGS that stays.
+func logDir(t testing.TB) string {
+	keep := os.Getenv("MESH_INTEROP_LOGS")
+	if keep == "" {
+		return t.TempDir()
+	}
+	dir := filepath.Join(keep, t.Name())
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 func tail(file string, n int) []byte {
 	b, _ := os.ReadFile(file)
 	return b[max(0, len(b)-n):]
+}
+
+// logged counts a text in the lines that the process wrote to its log.
+func (p *process) logged(text string) int {
+	b, err := os.ReadFile(p.log)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return bytes.Count(b, []byte(text))
 }
 
 func (p *process) read(stdout io.Reader) {
