@@ -1,7 +1,9 @@
 package path_test
 
 import (
+	"flag"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -121,6 +123,11 @@ func (o outcome) check(t *testing.T, want string) {
 	}
 }
 
+// gridRuns is how often each cell is played: more runs, with other seeds, make
+// a benchmark of the times until paths are direct. Benchmarks themselves cannot
+// run in virtual time.
+var gridRuns = flag.Int("vnet.runs", 1, "play each cell of the grid so often, and print medians")
+
 // The grid: each pair of kinds, started three ways. Data flows in each cell all
 // the time, directly wherever that can be.
 func TestVnetGrid(t *testing.T) {
@@ -132,25 +139,35 @@ func TestVnetGrid(t *testing.T) {
 			t.Run(ka.name+" "+kb.name, func(t *testing.T) {
 				var text []string
 				for _, start := range starts {
-					inWorld(t, 1, func(t *testing.T, w *world) {
-						o := punch(t, w, ka.make(w.n), kb.make(w.n), start, limit)
-						want := expect(ka.name, kb.name)
-						o.check(t, want)
-						punches++
-						if o.direct {
-							directs++
-							text = append(text, fmt.Sprint(o.toDirect.Milliseconds()))
-						} else {
-							text = append(text, "R")
-						}
-					})
+					var times []time.Duration
+					relayed := 0
+					for run := range *gridRuns {
+						inWorld(t, 1, func(t *testing.T, w *world) {
+							o := punch(t, w, ka.make(w.n), kb.make(w.n), start, limit)
+							o.check(t, expect(ka.name, kb.name))
+							if punches++; o.direct {
+								directs++
+								times = append(times, o.toDirect)
+							} else {
+								relayed++
+							}
+						}, uint64(run))
+					}
+					switch {
+					case relayed == *gridRuns:
+						text = append(text, "R")
+					case relayed > 0:
+						text = append(text, fmt.Sprintf("%d(%dR)", median(times).Milliseconds(), relayed))
+					default:
+						text = append(text, fmt.Sprint(median(times).Milliseconds()))
+					}
 				}
 				cells[ka.name+" "+kb.name] = strings.Join(text, "/")
 			})
 		}
 	}
 	var table strings.Builder
-	fmt.Fprintf(&table, "ms to a direct path, or R for relay: together/a first/b first\n%-8s", "")
+	fmt.Fprintf(&table, "median ms from the first datagram to a direct path both ways, or R for relay: together/a first/b first\n%-8s", "")
 	for _, k := range kinds {
 		fmt.Fprintf(&table, " %-15s", k.name)
 	}
@@ -165,4 +182,69 @@ func TestVnetGrid(t *testing.T) {
 		}
 	}
 	t.Logf("%d of %d direct\n%s", directs, punches, table.String())
+}
+
+func median(d []time.Duration) time.Duration {
+	slices.Sort(d)
+	return d[len(d)/2]
+}
+
+// Pairs that have more in common, or less, than the pairs of the grid.
+func TestVnetPairs(t *testing.T) {
+	six := func(s vnet.NAT, how vnet.IPv6) vnet.NAT { s.IPv6 = how; return s }
+	only6 := func(how vnet.IPv6) vnet.NAT { return vnet.NAT{NoIPv4: true, IPv6: how} }
+	hairpin := func(s vnet.NAT) vnet.NAT { s.Hairpin = true; return s }
+	lan := func(s vnet.NAT) vnet.NAT { s.LAN = netip.MustParsePrefix("192.168.1.0/24"); return s }
+	type places func(n *vnet.Net) (a, b *vnet.Host)
+	same := func(spec vnet.NAT) places {
+		return func(n *vnet.Net) (a, b *vnet.Host) { r := n.NAT(spec); return r.Host(), r.Host() }
+	}
+	two := func(sa, sb vnet.NAT) places {
+		return func(n *vnet.Net) (a, b *vnet.Host) { return n.NAT(sa).Host(), n.NAT(sb).Host() }
+	}
+	carrier := func(cgn, home vnet.NAT) places {
+		return func(n *vnet.Net) (a, b *vnet.Host) {
+			c := n.NAT(cgn)
+			return c.NAT(home).Host(), c.NAT(home).Host()
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		places places
+		want   string
+		via    string // prefix of the address that a uses
+	}{
+		{"same LAN", same(vnet.Home()), "direct", "192.168."},
+		{"same LAN, symmetric", same(vnet.Symmetric()), "direct", "192.168."},
+		{"same LAN, hairpin", same(hairpin(vnet.FullCone())), "direct", "192.168."},
+		{"same LAN, UDP blocked", same(vnet.UDPBlocked()), "direct", "192.168."},
+		{"same LAN, IPv6 too", same(six(vnet.Home(), vnet.FirewalledIPv6)), "direct", ""},
+		{"same addresses in two homes", two(lan(vnet.Home()), lan(vnet.Home())), "direct", "203.0."},
+		{"same CGN", carrier(vnet.CGN(), vnet.Home()), "relay", ""},
+		{"same CGN with hairpin", carrier(hairpin(vnet.CGN()), vnet.Home()), "direct", "203.0."},
+		{"same CGN, symmetric homes, hairpin", carrier(hairpin(vnet.CGN()), vnet.Symmetric()), "relay", ""},
+		{"IPv6 only to dual stack", two(only6(vnet.FirewalledIPv6), six(vnet.Home(), vnet.FirewalledIPv6)), "direct", "[2001:"},
+		{"IPv6 only to IPv6 only", two(only6(vnet.FirewalledIPv6), only6(vnet.FirewalledIPv6)), "direct", "[2001:"},
+		{"IPv6 only to IPv4 only", two(only6(vnet.OpenIPv6), vnet.FullCone()), "relay", ""},
+		{"symmetric, but IPv6", two(six(vnet.Symmetric(), vnet.FirewalledIPv6), six(vnet.Symmetric(), vnet.FirewalledIPv6)), "direct", "[2001:"},
+		{"corporate to home", two(vnet.Corporate(), vnet.Home()), "relay", ""},
+		{"corporate to corporate", two(vnet.Corporate(), vnet.Corporate()), "relay", ""},
+		{"public dual stack to IPv6 only", func(n *vnet.Net) (a, b *vnet.Host) {
+			return n.Host(vnet.Dual), n.NAT(only6(vnet.FirewalledIPv6)).Host()
+		}, "direct", "[2001:"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for _, start := range starts {
+				inWorld(t, 1, func(t *testing.T, w *world) {
+					a, b := c.places(w.n)
+					o := punch(t, w, a, b, start, 6*time.Second)
+					o.check(t, c.want)
+					t.Logf("%s: %s after %v", start, o.how, o.toDirect)
+					if !strings.HasPrefix(o.how, c.via) {
+						t.Errorf("%s, want %s", o.how, c.via)
+					}
+				})
+			}
+		})
+	}
 }

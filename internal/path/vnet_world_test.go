@@ -38,18 +38,18 @@ type world struct {
 const controlDelay = 20 * time.Millisecond
 
 // inWorld runs a test in virtual time in a world with relay regions 1 to n.
-func inWorld(t *testing.T, regions int, f func(t *testing.T, w *world)) {
+func inWorld(t *testing.T, regions int, f func(t *testing.T, w *world), seed ...uint64) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, regions)
+		w := newWorld(t, regions, append(seed, 7)[0])
 		defer w.close()
 		f(t, w)
 	})
 }
 
-func newWorld(t testing.TB, regions int) *world {
+func newWorld(t testing.TB, regions int, seed uint64) *world {
 	w := &world{
-		t: t, n: vnet.New(7), relays: make(map[int]*relayHost),
+		t: t, n: vnet.New(seed), relays: make(map[int]*relayHost),
 		agents: make(map[identity.NodePublic]*agent), peers: make(map[identity.NodePublic]path.Peer),
 	}
 	for id := 1; id <= regions; id++ {
