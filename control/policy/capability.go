@@ -23,7 +23,8 @@ var grantable = map[string]bool{
 }
 
 // capabilities reads an object of capability names with lists of any JSON.
-func (r *reader) capabilities(v hujson.Value, what string) map[string][]json.RawMessage {
+// The reserved domain is open where the control server itself reads them.
+func (r *reader) capabilities(v hujson.Value, what string, reserved bool) map[string][]json.RawMessage {
 	out := make(map[string][]json.RawMessage)
 	for _, m := range r.members(v, what) {
 		domain, path, ok := strings.Cut(m.name, "/")
@@ -31,7 +32,7 @@ func (r *reader) capabilities(v hujson.Value, what string) map[string][]json.Raw
 		case !ok || domain == "" || path == "" || strings.ContainsAny(m.name, " \t\r\n") || strings.Contains(m.name, "://"):
 			r.fail(m.nameAt, `like "example.com/cap/tools"`, "capability name %q must have the form {domain}/{path}", m.name)
 			continue
-		case domain == "tailscale.com" && !grantable[m.name]:
+		case !reserved && domain == "tailscale.com" && !grantable[m.name]:
 			r.fail(m.nameAt, "use a domain of your own", "capability name %q must not be in the tailscale.com domain", m.name)
 			continue
 		}

@@ -43,18 +43,20 @@ func (n *Node) equal(o *Node) bool {
 // Node sets are bit sets over slots, one slot for each node. Each selector knows
 // the nodes that it matches, whether by name, by address or by a route.
 type Compiled struct {
-	sels  []*selSet
-	bySel map[selector]*selSet
-	users map[userRef][]*selSet // those that match the user: its own, and groups
-	nets  []*selSet             // of networks
-	vias  []*selSet             // of networks behind routers with a tag
-	noVia bool                  // no grant says which way to go
-	rules []rule
+	policy *Policy // nil: nothing is allowed
+	sels   []*selSet
+	bySel  map[selector]*selSet
+	users  map[userRef][]*selSet // those that match the user: its own, and groups
+	nets   []*selSet             // of networks
+	vias   []*selSet             // of networks behind routers with a tag
+	noVia  bool                  // no grant says which way to go
+	rules  []rule
 
 	nodes   map[wire.NodeID]*node
 	slots   []*node // nil where free
 	free    []int
-	byUser  map[userRef]*bitset      // untagged nodes
+	byUser  map[userRef]*bitset // untagged nodes
+	byAddr  map[netip.Addr]*node
 	routers map[netip.Prefix]*bitset // of each approved route
 }
 
@@ -66,6 +68,7 @@ type selSet struct {
 	inSrc []*srcList // source lists that it is part of
 	dstOf []*srcList // source lists with a rule that has it as destination
 	dsts  []dstRef
+	attrs []int // entries of "nodeAttrs" that have it as target
 }
 
 // dstRef names a destination of a rule.
@@ -103,9 +106,10 @@ func Compile(p *Policy, nodes []Node) *Compiled {
 		noVia: true,
 		bySel: make(map[selector]*selSet), users: make(map[userRef][]*selSet),
 		nodes: make(map[wire.NodeID]*node), byUser: make(map[userRef]*bitset),
-		routers: make(map[netip.Prefix]*bitset),
+		routers: make(map[netip.Prefix]*bitset), byAddr: make(map[netip.Addr]*node),
 	}
 	if p != nil {
+		c.policy = p
 		c.build(p)
 	}
 	for _, n := range nodes {
@@ -137,6 +141,12 @@ func (c *Compiled) build(p *Policy) {
 			}
 		}
 		c.rules = append(c.rules, r)
+	}
+	for i := range p.attrs {
+		for _, t := range p.attrs[i].targets {
+			s := c.selSet(p, *t)
+			s.attrs = append(s.attrs, i)
+		}
 	}
 }
 
@@ -289,6 +299,9 @@ func (c *Compiled) link(n *node) {
 		}
 		c.byUser[n.user].add(n.slot)
 	}
+	for _, a := range n.Addrs {
+		c.byAddr[a] = n
+	}
 	for _, r := range n.Routes {
 		if !isDefault(r) {
 			if c.routers[r] == nil {
@@ -307,6 +320,11 @@ func (c *Compiled) unlink(n *node) {
 	}
 	if n.user != "" {
 		c.byUser[n.user].remove(n.slot)
+	}
+	for _, a := range n.Addrs {
+		if c.byAddr[a] == n {
+			delete(c.byAddr, a)
+		}
 	}
 	for _, r := range n.Routes {
 		if routers := c.routers[r]; routers != nil {

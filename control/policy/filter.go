@@ -137,9 +137,11 @@ func (s *selSet) capDsts(n *node) (out []string) {
 }
 
 // refs returns the destinations that match a node, in the policy's order.
-func (c *Compiled) refs(n *node) []dstRef {
+func (c *Compiled) refs(n *node) []dstRef { return sortedRefs(n.sels) }
+
+func sortedRefs(sels []*selSet) []dstRef {
 	var refs []dstRef
-	for _, s := range n.sels {
+	for _, s := range sels {
 		// What lies behind an exit node is no address of the mesh: such a rule
 		// shows the exit node and admits nothing.
 		if s.kind != kindInternet && s.kind != kindViaNet {
@@ -178,40 +180,8 @@ func (s *selSet) dstIPs(n *node) []string {
 	return out
 }
 
-// CanReach reports whether the policy lets one node send to a port of another
-// over an IP protocol, on any pair of their addresses, and by which rule. For
-// ICMP any rule between the two will do, as on the wire.
-func (c *Compiled) CanReach(from, to wire.NodeID, proto uint8, port uint16) (wire.RuleOrigin, bool) {
-	a, b := c.nodes[from], c.nodes[to]
-	if a == nil || b == nil {
-		return wire.RuleOrigin{}, false
-	}
-	for _, ref := range c.refs(b) {
-		r := &c.rules[ref.rule]
-		sel := r.dsts[ref.dst]
-		if !r.covers(ref.dst, proto, port) {
-			continue
-		}
-		var src []addrRange
-		if sel.kind == kindSelf {
-			src = merge(c.addrs(nil, r.src.self(c, b)))
-		} else {
-			r.src.fill(c)
-			src = r.src.ranges
-		}
-		for _, x := range a.Addrs {
-			for _, y := range b.Addrs {
-				if x.Is4() == y.Is4() && (sel.kind != kindPrefix && sel.kind != kindVia || sel.prefix.Contains(y)) && contains(src, x) {
-					return r.origin, true
-				}
-			}
-		}
-	}
-	return wire.RuleOrigin{}, false
-}
-
 // covers reports whether a destination of the rule covers protocol and port.
-func (a *access) covers(dst int, proto uint8, port uint16) bool {
+func (a *access) covers(dst, proto int, port uint16) bool {
 	if a.app != nil {
 		return false
 	}
@@ -222,19 +192,13 @@ func (a *access) covers(dst int, proto uint8, port uint16) bool {
 		if proto != 6 && proto != 17 {
 			return false
 		}
-	} else if !slices.Contains(a.protos, int(proto)) {
+	} else if !slices.Contains(a.protos, proto) {
 		return false
 	}
 	for _, p := range a.dsts[dst].ports {
-		if p == allPorts || hasPorts(int(proto)) && p.first <= port && port <= p.last {
+		if p == allPorts || hasPorts(proto) && p.first <= port && port <= p.last {
 			return true
 		}
 	}
 	return false
-}
-
-// contains searches merged ranges.
-func contains(list []addrRange, a netip.Addr) bool {
-	i, found := slices.BinarySearchFunc(list, a, func(r addrRange, a netip.Addr) int { return r.first.Compare(a) })
-	return found || i > 0 && !list[i-1].last.Less(a) && list[i-1].last.BitLen() == a.BitLen()
 }

@@ -17,14 +17,11 @@ const (
 	maxErrors = 50
 )
 
-// Members of the language.
-var (
-	knownMembers       = []string{"acls", "grants", "groups", "tagOwners", "hosts"}
-	unsupportedMembers = []string{
-		"autoApprovers", "nodeAttrs", "tests", "sshTests", "ssh", "postures", "defaultSrcPosture", "ipsets",
-		"derpMap", "disableIPv4", "OneCGNATRoute", "randomizeClientPort",
-	}
-)
+// knownMembers of the language. Some are read only to be refused.
+var knownMembers = []string{
+	"acls", "grants", "groups", "tagOwners", "hosts", "ipsets", "autoApprovers", "nodeAttrs", "tests",
+	"ssh", "sshTests", "postures", "defaultSrcPosture", "derpMap", "disableIPv4", "OneCGNATRoute", "randomizeClientPort",
+}
 
 // Parse reads and checks a policy file. The error joins one *Error for each
 // thing wrong, in the order of the file; errors.Is(err, ErrUnsupported) tells
@@ -77,15 +74,17 @@ func (r *reader) fail(at int, hint, format string, args ...any) *Error {
 	return e
 }
 
-func (r *reader) unsupported(at int, format string, args ...any) {
-	r.fail(at, "", "%s is not supported yet", fmt.Sprintf(format, args...)).unsupported = true
+func (r *reader) unsupported(at int, format string, args ...any) *Error {
+	e := r.fail(at, "", "%s is not supported", fmt.Sprintf(format, args...))
+	e.unsupported = true
+	return e
 }
 
 func (r *reader) read(root hujson.Value) {
 	top := make(map[string]member)
 	for _, m := range r.members(root, "policy") {
 		if !slices.Contains(knownMembers, m.name) {
-			r.unknown(m, knownMembers, unsupportedMembers)
+			r.unknown(m, knownMembers, nil)
 			continue
 		}
 		top[m.name] = m
@@ -104,6 +103,8 @@ func (r *reader) read(root hujson.Value) {
 		r.tagNames = append(r.tagNames, m.name)
 	}
 	r.readHosts(top)
+	r.readIPSets(top)
+	r.readSettings(top)
 	for _, m := range groups {
 		r.readGroup(m)
 	}
@@ -137,4 +138,17 @@ func (r *reader) read(root hujson.Value) {
 		r.add(origin{name: "default"}, access{srcs: []*selector{all}, dsts: []dest{{all, []portRange{allPorts}}}})
 	}
 	r.lasting = len(r.access)
+	if m, ok := top["autoApprovers"]; ok && !isNull(m.value) {
+		r.readApprovers(m)
+	}
+	if m, ok := top["nodeAttrs"]; ok && !isNull(m.value) {
+		for i, v := range r.array(m.value, `"nodeAttrs"`) {
+			r.readNodeAttr(i, v)
+		}
+	}
+	if m, ok := top["tests"]; ok && !isNull(m.value) {
+		for i, v := range r.array(m.value, `"tests"`) {
+			r.readTest(i, v)
+		}
+	}
 }

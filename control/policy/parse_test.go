@@ -38,7 +38,7 @@ func TestErrors(t *testing.T) {
 		{"broken", "{\n  \"acls\": [}", `invalid character '}' at start of value at line 2, column 12`},
 		{"member in place of another", "{\n  // comment\n  \"acl\": []}", `unknown member "acl" at line 3, column 3: did you mean "acls"?`},
 		{"unlike any member", `{"zzzzzzzz": 1}`, `unknown member "zzzzzzzz" at line 1, column 2`},
-		{"not yet", `{"derpMap": {}}`, `member "derpMap" is not supported yet at line 1, column 2`},
+		{"not for us", `{"disableIPv4": true}`, `member "disableIPv4" is not supported at line 1, column 2: every node has an address of both kinds`},
 		{"column in characters", `{"hosts": {}, /* äöü */ "acl": []}`, `unknown member "acl" at line 1, column 25: did you mean "acls"?`},
 		{"duplicate", `{"acls": [], "acls": []}`, `duplicate member "acls" at line 1, column 14`},
 		{"duplicate group", `{"groups": {"group:a": [], "group:a": ["x@"]}, "acls": []}`, `duplicate member "group:a" at line 1, column 28`},
@@ -50,7 +50,7 @@ func TestErrors(t *testing.T) {
 		{"no src", `{"acls": [{"action": "accept", "dst": ["*:*"]}]}`, `acls[0] has no "src" at line 1, column 11`},
 		{"deny", `{"acls": [{"action": "deny", "src": ["*"], "dst": ["*:*"]}]}`, `action "deny" at line 1, column 22: everything is denied but what is accepted, so the only action is "accept"`},
 		{"old members", `{"acls": [{"action": "accept", "srcs": ["*"], "dst": ["*:*"]}]}`, `unknown member "srcs" at line 1, column 32: did you mean "src"?`},
-		{"posture", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "srcPosture": ["posture:a"]}]}`, `"srcPosture": conditions on the state of devices, which a mesh does not know, is not supported yet at line 1, column 62`},
+		{"posture", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "srcPosture": ["posture:a"]}]}`, `"srcPosture": conditions on the state of devices, which a mesh does not know, is not supported at line 1, column 62`},
 		{"proto", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "tpc"}]}`, `unknown protocol "tpc" at line 1, column 71`},
 		{"proto 256", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "256"}]}`, `unknown protocol "256" at line 1, column 71`},
 		{"proto 0", `{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"], "proto": "0"}]}`, `unknown protocol "0" at line 1, column 71`},
@@ -67,7 +67,7 @@ func TestErrors(t *testing.T) {
 		{"/0 as src", src(`"0.0.0.0/0"`), `src "0.0.0.0/0" at line 2, column 39: to mean all addresses write "*"`},
 		{"self as src", src(`"autogroup:self"`), `"autogroup:self" is not allowed in src at line 2, column 39: it is a destination: the nodes of the source's user`},
 		{"autogroup misspelt", src(`"autogroup:members"`), `unknown autogroup "autogroup:members" at line 2, column 39: did you mean "autogroup:member"?`},
-		{"autogroup not yet", src(`"autogroup:shared"`), `"autogroup:shared" is not supported yet at line 2, column 39`},
+		{"autogroup not yet", src(`"autogroup:shared"`), `"autogroup:shared" is not supported at line 2, column 39`},
 		{"ipset", src(`"ipset:prod"`), `undefined IP set "ipset:prod" at line 2, column 39`},
 		{"no ports", dst(`"*"`), `dst "*" has no ports at line 2, column 53: write "*:*" for all of them`},
 		{"tag without ports", dst(`"tag:db"`), `dst "tag:db" has no ports at line 2, column 53: write "tag:db:*" for all of them`},
@@ -100,17 +100,17 @@ func TestErrors(t *testing.T) {
 			t.Errorf("%s: got\n\t%v\nwant\n\t%s", tt.name, err, tt.want)
 			continue
 		}
-		if got := strings.Contains(tt.want, "not supported yet"); got != errors.Is(err, ErrUnsupported) {
+		if got := strings.Contains(tt.want, "not supported"); got != errors.Is(err, ErrUnsupported) {
 			t.Errorf("%s: ErrUnsupported is %v", tt.name, !got)
 		}
 	}
 }
 
 func TestSeveralErrors(t *testing.T) {
-	_, err := Parse([]byte("{\n\"acls\": [{\"action\": \"accept\", \"src\": [\"group:x\"], \"dst\": [\"tag:y:1\"]}],\n\"tests\": [],\n\"hosts\": {\"a\": 1}}"))
+	_, err := Parse([]byte("{\n\"acls\": [{\"action\": \"accept\", \"src\": [\"group:x\"], \"dst\": [\"tag:y:1\"]}],\n\"ssh\": [{}],\n\"hosts\": {\"a\": 1}}"))
 	want := `undefined group "group:x" at line 2, column 39
 undefined tag "tag:y" at line 2, column 59
-member "tests" is not supported yet at line 3, column 1
+member "ssh" is not supported at line 3, column 1: a mesh has no SSH of its own: allow port 22 in "acls" or "grants"
 host "a" must be a string at line 4, column 16`
 	if err == nil || err.Error() != want || !errors.Is(err, ErrUnsupported) {
 		t.Errorf("got\n%v", err)

@@ -40,8 +40,8 @@ import (
 )
 
 // ErrUnsupported matches errors about parts of the policy language that exist
-// but are not supported yet.
-var ErrUnsupported = errors.New("not supported yet")
+// but are not supported.
+var ErrUnsupported = errors.New("not supported")
 
 // Error is one complaint about a policy file.
 type Error struct {
@@ -75,8 +75,13 @@ type Policy struct {
 	hosts     map[string]netip.Prefix
 	ipsets    map[string][]netip.Prefix
 	access    []access
-	lasting   int         // access[lasting:] are temporary
+	lasting   int // access[lasting:] are temporary
+	attrs     []nodeAttr
+	approvers []approver
+	tests     []assertion
 	users     []namedUser // every mention
+
+	randomPort bool // setting "randomizeClientPort"
 }
 
 // access is an entry of "acls", or a part of an entry of "grants": what it
@@ -143,35 +148,6 @@ func (p *Policy) Tags() []string {
 func (p *Policy) HasTag(tag string) bool {
 	_, ok := p.tagOwners[tag]
 	return ok
-}
-
-// TagOwner reports whether user may give its nodes the tag. user is a login
-// name; "tag:…" asks for a node that carries that tag. A tag that the policy
-// does not define has no owners. A user known by a login name and an e-mail
-// address owns what either of them owns.
-func (p *Policy) TagOwner(user, tag string) bool {
-	who := canonicalUser(user)
-	for _, s := range p.tagOwners[tag] {
-		switch s.kind {
-		case kindTag:
-			if s.name == user {
-				return true
-			}
-		case kindUser:
-			if s.name == string(who) {
-				return true
-			}
-		case kindGroup:
-			if slices.Contains(p.groups[s.name], who) {
-				return true
-			}
-		case kindMember:
-			if user != "" && !strings.HasPrefix(user, "tag:") {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // GroupsOf returns the groups that a user is a member of, sorted.

@@ -160,7 +160,7 @@ func (r *reader) readGrant(i int, v hujson.Value) {
 		}
 	}
 	if m, ok := got["app"]; ok && !isNull(m.value) {
-		g.app = r.capabilities(m.value, "app")
+		g.app = r.capabilities(m.value, "app", false)
 	}
 	if len(g.ip) == 0 && len(g.app) == 0 && !r.failed(v) {
 		r.fail(v.StartOffset, `"ip": ["*"] allows all protocols and ports`, `ip and app can not both be empty`)

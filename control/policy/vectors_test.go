@@ -1,8 +1,8 @@
 package policy
 
 import (
+	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -11,8 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/tailscale/hujson"
 
 	"mesh/control/wire"
 )
@@ -23,7 +21,7 @@ type vector struct {
 	ID       string
 	Policy   json.RawMessage
 	Rejected bool
-	Users    []struct{ Name, Email string }
+	Users    []struct{ Name, Email, Role string }
 	Nodes    map[string]struct {
 		User                        string
 		Tags                        []string
@@ -36,6 +34,7 @@ type vector struct {
 			AllowedIPs    []netip.Prefix `json:"allowed_ips"`
 			PrimaryRoutes []netip.Prefix `json:"primary_routes"`
 		}
+		SelfCapMap map[string][]json.RawMessage
 	}
 }
 
@@ -53,7 +52,7 @@ func (v *vector) nodes() ([]Node, map[string]wire.NodeID) {
 		c := Node{ID: ids[name], User: n.User, Tags: n.Tags, Addrs: []netip.Addr{n.IPv4, n.IPv6}, Routes: n.ApprovedRoutes}
 		for _, u := range v.Users {
 			if u.Name == n.User {
-				c.Email = u.Email
+				c.Email, c.Role = u.Email, u.Role
 			}
 		}
 		out = append(out, c)
@@ -61,35 +60,23 @@ func (v *vector) nodes() ([]Node, map[string]wire.NodeID) {
 	return out, ids
 }
 
-// supported returns the policy's text without autoApprovers, which decide about
-// routes before a policy is compiled, and whether this version knows the rest.
-func (v *vector) supported(t *testing.T) (full, text []byte, ok bool) {
-	t.Helper()
-	full = v.Policy
-	var s string
-	if json.Unmarshal(v.Policy, &s) == nil {
-		full = []byte(s)
+func (v *vector) users() []User {
+	var out []User
+	for _, u := range v.Users {
+		out = append(out, User{Name: u.Name, Email: u.Email, Role: u.Role})
 	}
-	std, err := hujson.Standardize(slices.Clone(full))
-	if err != nil {
-		return full, full, true
-	}
-	var m map[string]json.RawMessage
-	if err := json.Unmarshal(std, &m); err != nil {
-		t.Fatal(err)
-	}
-	delete(m, "autoApprovers")
-	ok = true
-	for k := range m {
-		ok = ok && slices.Contains(knownMembers, k)
-	}
-	text, err = json.Marshal(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return full, text, ok
+	return out
 }
 
+func (v *vector) text() []byte {
+	var s string
+	if json.Unmarshal(v.Policy, &s) == nil {
+		return []byte(s)
+	}
+	return v.Policy
+}
+
+// TestVectors prints for each kind of vectors how many match.
 func TestVectors(t *testing.T) {
 	dir := filepath.Join("..", "..", "..", "shared", "policy-vectors")
 	if _, err := os.Stat(dir); err != nil {
@@ -102,49 +89,45 @@ func TestVectors(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			data = []byte(strings.NewReplacer(`"routable_ips"`, `"RoutableIPs"`, `"approved_routes"`, `"ApprovedRoutes"`).Replace(string(data)))
+			data = []byte(strings.NewReplacer(`"routable_ips"`, `"RoutableIPs"`, `"approved_routes"`, `"ApprovedRoutes"`, `"self_capmap"`, `"SelfCapMap"`).Replace(string(data)))
 			var all []vector
 			if err := json.Unmarshal(data, &all); err != nil {
 				t.Fatal(err)
 			}
-			total, matched, refused, approvers := 0, 0, 0, 0
+			matched := 0
 			for i := range all {
-				v := &all[i]
-				full, text, ok := v.supported(t)
-				if !ok {
-					refused++
-					if _, err := Parse(full); !errors.Is(err, ErrUnsupported) {
-						t.Errorf("%s: uses more than is supported, but: %v", v.ID, err)
-					}
-					continue
-				}
-				total++
-				if strings.Contains(string(full), `"autoApprovers"`) {
-					approvers++
-					if _, err := Parse(full); !errors.Is(err, ErrUnsupported) {
-						t.Errorf("%s: with autoApprovers: %v", v.ID, err)
-					}
-				}
-				if msg := v.check(text); msg != "" {
-					t.Errorf("%s: %s", v.ID, msg)
+				if msg := all[i].check(); msg != "" {
+					t.Errorf("%s: %s", all[i].ID, msg)
 				} else {
 					matched++
 				}
 			}
-			t.Logf("%d of %d vectors match (%d of them without their autoApprovers, with which they are refused); %d more use what is not supported yet and are refused as such", matched, total, approvers, refused)
+			t.Logf("%d of %d vectors match", matched, len(all))
 		})
 	}
 }
 
-func (v *vector) check(text []byte) string {
-	p, err := Parse(text)
-	if v.Rejected != (err != nil) {
-		return fmt.Sprintf("rejected: %v, got error %v", v.Rejected, err)
+func (v *vector) check() string {
+	p, err := Parse(v.text())
+	nodes, ids := v.nodes()
+	var failures []TestFailure
+	if err == nil {
+		failures = p.Test(nodes, v.users())
 	}
-	if err != nil {
+	if v.Rejected != (err != nil || len(failures) > 0) {
+		return fmt.Sprintf("rejected: %v, got error %v, tests %v", v.Rejected, err, failures)
+	}
+	if v.Rejected {
 		return ""
 	}
-	nodes, ids := v.nodes()
+	for name, n := range v.Nodes {
+		for _, r := range n.RoutableIPs {
+			// Some were recorded before their routes were approved.
+			if slices.Contains(n.ApprovedRoutes, r) && !p.AutoApproves(nodes[ids[name]-1], r) {
+				return fmt.Sprintf("route %v of %s is not approved", r, name)
+			}
+		}
+	}
 	c := Compile(p, nodes)
 	for name, want := range v.Want {
 		id := ids[name]
@@ -157,6 +140,27 @@ func (v *vector) check(text []byte) string {
 		}
 		if msg := v.checkPeers(c, name, ids); msg != "" {
 			return msg
+		}
+		if want.SelfCapMap != nil {
+			if msg := v.checkAttributes(c.Attributes(id), want.SelfCapMap); msg != "" {
+				return fmt.Sprintf("attributes of %s: %s", name, msg)
+			}
+		}
+	}
+	return ""
+}
+
+// checkAttributes compares attributes, without those that the service adds to
+// every node for features of its own.
+func (v *vector) checkAttributes(got, want map[string][]json.RawMessage) string {
+	for name := range got {
+		if _, ok := want[name]; !ok {
+			return fmt.Sprintf("%q is too much", name)
+		}
+	}
+	for name := range want {
+		if _, ok := got[name]; !ok && bytes.Contains(v.text(), []byte(`"`+name+`"`)) {
+			return fmt.Sprintf("%q is missing", name)
 		}
 	}
 	return ""
