@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/url"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -28,16 +29,20 @@ type ClientConfig struct {
 	Target Target
 	// Dial opens the TCP connection; nil means a net.Dialer.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Proxy names the proxy by which to reach a host:port, nil for none; see
+	// ProxyFromEnvironment. Proxies are dialled by Dial. nil = no proxies.
+	Proxy func(addr string) (*url.URL, error)
 	// RootCAs verify the relay's certificate; nil means those of the system.
 	RootCAs *x509.CertPool
 	// Logger receives the end of the connection, at debug level; nil is silent.
 	Logger *zap.Logger
 
-	DialTimeout  time.Duration // for Dial; default DefaultDialTimeout
-	IdleTimeout  time.Duration // without any frame; default DefaultIdleTimeout
-	WriteTimeout time.Duration // of one write; default DefaultWriteTimeout
-	QueuePackets int           // packets waiting to go out; default 512
-	QueueBytes   int           // and their bytes; default 512 KiB
+	DialTimeout    time.Duration // for Dial; default DefaultDialTimeout
+	ConnectTimeout time.Duration // of that for TCP, to the relay or the proxy; default all of it
+	IdleTimeout    time.Duration // without any frame; default DefaultIdleTimeout
+	WriteTimeout   time.Duration // of one write; default DefaultWriteTimeout
+	QueuePackets   int           // packets waiting to go out; default 512
+	QueueBytes     int           // and their bytes; default 512 KiB
 }
 
 func (cfg *ClientConfig) dialTimeout() time.Duration {

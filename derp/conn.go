@@ -308,10 +308,13 @@ func (c *Conn) closing() bool {
 // abort closes the connection below TLS: the polite way would first try to
 // send an alert and so wait for a peer that may have stopped reading.
 func abort(nc net.Conn) error {
-	if t, ok := nc.(interface{ NetConn() net.Conn }); ok {
-		return t.NetConn().Close()
+	for { // TLS within the TLS of a proxy, at most
+		t, ok := nc.(interface{ NetConn() net.Conn })
+		if !ok {
+			return nc.Close()
+		}
+		nc = t.NetConn()
 	}
-	return nc.Close()
 }
 
 // reader cuts a stream into frames, in place. A quiet connection holds a small

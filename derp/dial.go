@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -36,14 +37,33 @@ func Dial(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		}
 		return &DialError{cfg.Target, stage, err}
 	}
-	raw, err := dial(ctx, "tcp", cfg.Target.Addr)
+	connect := cfg.dialTimeout()
+	if cfg.ConnectTimeout > 0 {
+		connect = min(connect, cfg.ConnectTimeout)
+	}
+	var proxy *url.URL
+	if cfg.Proxy != nil {
+		var err error
+		if proxy, err = cfg.Proxy(cfg.Target.Addr); err != nil {
+			return nil, fail(StageDial, err)
+		}
+	}
+	var raw net.Conn
+	var err error
+	if proxy != nil {
+		raw, err = dialVia(ctx, dial, proxy, cfg.Target.Addr, connect)
+	} else {
+		cctx, cancel := context.WithTimeout(ctx, connect)
+		raw, err = dial(cctx, "tcp", cfg.Target.Addr)
+		cancel()
+	}
 	if err != nil {
 		var op *net.OpError
-		if errors.As(err, &op) {
+		if proxy == nil && errors.As(err, &op) {
 			err = op.Err // the rest of its text is in ours
 		}
 		var sys *os.SyscallError
-		if errors.As(err, &sys) {
+		if proxy == nil && errors.As(err, &sys) {
 			err = sys.Err
 		}
 		return nil, fail(StageDial, err)

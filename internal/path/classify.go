@@ -118,6 +118,9 @@ func (p *Path) relayPackets(region int, from identity.NodePublic, datagrams [][]
 	if pe.heard.Load() != int32(region) {
 		pe.heard.Store(int32(region))
 	}
+	if pe.away.Load() == int32(region) {
+		pe.away.Store(0)
+	}
 	p.doubt(pe)
 	start := 0
 	for i, b := range datagrams {
@@ -160,6 +163,7 @@ func (p *Path) wireguardRelay(region int, from identity.NodePublic, datagrams []
 func (p *Path) relayPeerGone(region int, key identity.NodePublic) {
 	if pe := p.peers.get(key); pe != nil {
 		pe.heard.CompareAndSwap(int32(region), 0)
+		pe.away.Store(int32(region))
 	}
 }
 

@@ -13,9 +13,10 @@ import (
 )
 
 const (
-	homeDown    = 2 * time.Second  // without its relay, before another region is tried
-	badFor      = 60 * time.Second // a region whose relay failed is not chosen for its latency
-	maxRace     = 4                // regions connected at once to see who answers
+	homeDown    = 2 * time.Second        // without its relay, before another region is tried
+	homeRefused = 300 * time.Millisecond // the same when the relay was dialled again in vain
+	badFor      = 60 * time.Second       // a region whose relay failed is not chosen for its latency
+	maxRace     = 4                      // regions connected at once to see who answers
 	homeMargin  = 10 * time.Millisecond
 	maxRegions  = 256
 	maxRegionID = 65535
@@ -106,6 +107,45 @@ func (p *Path) relayDown(region int, err error) {
 	p.evaluateHome()
 }
 
+// greetPeers lets the peers of active sessions hear this node at their own
+// relays: until control has told them of its new home, they know by that how to
+// answer.
+func (p *Path) greetPeers() {
+	now := p.now()
+	for _, pe := range p.peers.all() {
+		var out todo
+		p.mu.Lock()
+		if !pe.gone && pe.ch.active && !pe.ch.hasDirect(now) {
+			pe.ch.pingRelay(now, &out)
+			p.settleLocked(pe, now)
+		}
+		p.mu.Unlock()
+		p.perform(pe, &out)
+	}
+}
+
+// relayRestarting implements relayEvents: the relay is about to go. Its region is
+// no place to be for a while; the connection serves until there is another.
+func (p *Path) relayRestarting(region int, in time.Duration) {
+	p.mu.Lock()
+	now := p.now()
+	if _, known := p.home.defs[region]; known {
+		p.home.bad[region] = now + min(max(in, badFor/2), 10*badFor)
+	}
+	p.mu.Unlock()
+	p.evaluateHome()
+}
+
+// relayWatch implements relayEvents.
+func (p *Path) relayWatch(at instant) {
+	p.mu.Lock()
+	if p.watchAt == 0 || at < p.watchAt {
+		p.watchAt = at
+	}
+	p.mu.Unlock()
+	p.poke()
+}
+
 // dueHome evaluates again when it is time to.
 func (p *Path) dueHome(now instant) {
 	p.mu.Lock()
@@ -180,7 +220,9 @@ func (p *Path) evaluateHome() {
 	becameReady := !p.isReady && p.reachableLocked()
 	p.isReady = p.isReady || becameReady
 	p.mu.Unlock()
+	p.homeNow.Store(int32(region))
 	if region != old {
+		p.greetPeers()
 		p.log.Debug("home relay", zap.Int("relay", region), zap.Int("was", old))
 		signal(p.report)
 	}
@@ -201,11 +243,15 @@ func (p *Path) evaluateHomeLocked(now instant) {
 	h.noteDown(p.relays.connected(h.region), now)
 	h.next = 0
 	failing := false
+	patience := homeDown
+	if r := p.relays.get(h.region); r != nil && r.failing.Load() {
+		patience = homeRefused
+	}
 	if h.down != 0 && len(h.measured) > 1 {
-		if failing = now-h.down >= homeDown; failing {
+		if failing = now-h.down >= patience; failing {
 			h.bad[h.region] = now + badFor
 		} else {
-			h.next = h.down + homeDown
+			h.next = h.down + patience
 		}
 	}
 	maps.DeleteFunc(h.bad, func(_ int, until instant) bool { return now >= until })
@@ -252,7 +298,7 @@ func (p *Path) evaluateHomeLocked(now instant) {
 	}
 	h.noteDown(p.relays.connected(h.region), now)
 	if h.down != 0 && len(h.measured) > 1 && h.next == 0 {
-		h.next = h.down + homeDown
+		h.next = h.down + patience
 	}
 	if h.region != 0 {
 		keep[h.region] = true

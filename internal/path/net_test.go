@@ -181,6 +181,7 @@ type memRelay struct {
 	region int
 	mu     sync.Mutex // guards what follows
 	down   bool
+	hole   bool // swallows everything, new connections too
 	conns  map[identity.NodePublic]*memRelayConn
 	dials  int
 	data   int // WireGuard packets carried
@@ -193,6 +194,7 @@ type memRelayConn struct {
 	closed chan struct{}
 	once   sync.Once
 	home   bool // under r.mu
+	local  netip.AddrPort
 }
 
 func (n *memNet) relay(region int) *memRelay {
@@ -230,7 +232,7 @@ func (r *memRelay) carried() int {
 	return r.data
 }
 
-func (n *memNet) dialRelay(key identity.NodePublic) func(context.Context, *wire.DERPRegion) (relayConn, error) {
+func (n *memNet) dialRelay(key identity.NodePublic, local func() netip.AddrPort) func(context.Context, *wire.DERPRegion) (relayConn, error) {
 	return func(ctx context.Context, def *wire.DERPRegion) (relayConn, error) {
 		t := time.NewTimer(n.delay)
 		defer t.Stop()
@@ -246,10 +248,21 @@ func (n *memNet) dialRelay(key identity.NodePublic) func(context.Context, *wire.
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.dials++
+		if r.hole {
+			r.mu.Unlock()
+			t := time.NewTimer(connectTimeout)
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+			}
+			t.Stop()
+			r.mu.Lock()
+			return nil, fmt.Errorf("relay %d: timeout", def.RegionID)
+		}
 		if r.down {
 			return nil, fmt.Errorf("relay %d: connection refused", def.RegionID)
 		}
-		c := &memRelayConn{r: r, key: key, in: make(chan derp.Message, 1024), closed: make(chan struct{})}
+		c := &memRelayConn{r: r, key: key, in: make(chan derp.Message, 1024), closed: make(chan struct{}), local: local()}
 		r.conns[key] = c
 		return c, nil
 	}
@@ -269,6 +282,9 @@ func (c *memRelayConn) Send(dst identity.NodePublic, packets ...[]byte) error {
 func (r *memRelay) inject(src, dst identity.NodePublic, packets ...[]byte) {
 	r.mu.Lock()
 	to := r.conns[dst]
+	if r.hole {
+		to = nil
+	}
 	for _, b := range packets {
 		if !isDisco(b) {
 			r.data++
@@ -292,6 +308,30 @@ func (r *memRelay) gone(at, peer identity.NodePublic) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.conns[at].in <- derp.Message{Kind: derp.KindPeerGone, Peer: peer}
+}
+
+func (c *memRelayConn) Ping(ctx context.Context) (time.Duration, error) {
+	select {
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	case <-c.closed:
+		return 0, net.ErrClosed
+	case <-time.After(time.Millisecond):
+	}
+	c.r.mu.Lock()
+	hole := c.r.hole
+	c.r.mu.Unlock()
+	if hole {
+		<-ctx.Done()
+		return 0, ctx.Err()
+	}
+	return time.Millisecond, nil
+}
+
+func (c *memRelayConn) LocalAddr() net.Addr {
+	c.r.mu.Lock()
+	defer c.r.mu.Unlock()
+	return net.TCPAddrFromAddrPort(c.local)
 }
 
 func (c *memRelayConn) NotePreferred(home bool) {
@@ -391,7 +431,7 @@ func (n *memNet) config(host string) (Config, *node) {
 		Report:      nd.reported,
 		ListenUDP:   n.listen(ip),
 		Interfaces:  func() ([]netip.Prefix, error) { return []netip.Prefix{netip.PrefixFrom(ip, 24)}, nil },
-		dialRelay:   n.dialRelay(key.Public()),
+		dialRelay:   n.dialRelay(key.Public(), func() netip.AddrPort { return netip.AddrPortFrom(ip, 5) }),
 	}, nd
 }
 

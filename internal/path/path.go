@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -23,6 +24,7 @@ import (
 	"go.uber.org/zap"
 
 	"mesh/control/wire"
+	"mesh/derp"
 	"mesh/identity"
 	"mesh/internal/disco"
 )
@@ -86,6 +88,10 @@ type Config struct {
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	// DialTCP connects to relays; nil means net.Dialer.
 	DialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Proxy names the proxy by which to reach the relay at host:port, nil for
+	// none. A nil function means what the environment says (HTTPS_PROXY,
+	// ALL_PROXY, NO_PROXY), unless DialTCP is set: then no proxy.
+	Proxy func(addr string) (*url.URL, error)
 	// RootCAs verify the relays; nil means those of the system.
 	RootCAs *x509.CertPool
 	// Interfaces lists the addresses of the host's interfaces that are up,
@@ -128,6 +134,8 @@ type Path struct {
 	relays relaySet
 	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
 
+	homeNow atomic.Int32 // home.region, for those who hold no lock
+
 	wake   chan struct{} // capacity 1; the loop looks at its deadlines again
 	report chan struct{} // capacity 1; the report may have changed
 	ready  chan struct{} // closed when the node is reachable
@@ -144,6 +152,7 @@ type Path struct {
 	calls     map[*peer]struct{} // CallMeMaybes that wait for fresh endpoints
 	isReady   bool
 	idleCheck instant // next look for idle relays, 0 = none needed
+	watchAt   instant // next look for silent relays, 0 = none needed
 }
 
 // New opens the sockets and starts. It fails only when no UDP socket can be
@@ -157,6 +166,9 @@ func New(cfg Config) (*Path, error) {
 	}
 	if cfg.DialTCP == nil {
 		cfg.DialTCP = new(net.Dialer).DialContext
+		if cfg.Proxy == nil {
+			cfg.Proxy = derp.ProxyFromEnvironment
+		}
 	}
 	if cfg.Interfaces == nil {
 		cfg.Interfaces = systemInterfaces
@@ -257,9 +269,15 @@ func (p *Path) Rebind() error {
 // NetworkChanged tells that the host's addresses or routes changed: direct
 // paths are found anew, relays are connected again and endpoints gathered.
 func (p *Path) NetworkChanged() {
-	p.relays.reconnect()
+	local, err := p.cfg.Interfaces()
+	p.relays.recheck(func(a netip.Addr) bool {
+		return err != nil || slices.ContainsFunc(local, func(n netip.Prefix) bool { return n.Addr().Unmap() == a })
+	})
 	p.mu.Lock()
 	now := p.now()
+	if err == nil {
+		p.ends.local = local
+	}
 	p.ends.forget()
 	tasks := p.startAnewLocked(now)
 	p.gatherLocked(now)
@@ -386,8 +404,16 @@ func (p *Path) due(now instant) (next instant, ok bool) {
 	p.dueHome(now)
 
 	p.mu.Lock()
-	check := p.idleCheck
+	check, watch := p.idleCheck, p.watchAt
 	p.mu.Unlock()
+	if watch != 0 && now >= watch {
+		p.mu.Lock()
+		p.watchAt = 0
+		p.mu.Unlock()
+		if at := p.relays.watch(now); at != 0 {
+			p.relayWatch(at)
+		}
+	}
 	if check != 0 && now >= check {
 		more := p.relays.expire(now)
 		p.mu.Lock()
@@ -401,6 +427,7 @@ func (p *Path) due(now instant) (next instant, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	soon(p.idleCheck)
+	soon(p.watchAt)
 	if len(p.timers) > 0 {
 		soon(p.timers[0].at)
 	}

@@ -34,6 +34,7 @@ type peer struct {
 	sent     atomic.Int64 // instant of the last one out
 	received atomic.Int64 // and in
 	heardUDP atomic.Int64 // and in from direct
+	away     atomic.Int32 // region of whose relay it is known not to be there, 0 = none
 	doubted  atomic.Int64 // instant until which packets by relay are no news
 	heard    atomic.Int32 // region by which the peer was last heard, 0 = none
 
@@ -106,7 +107,9 @@ func (p *Path) applyLocked(pe *peer, info Peer, now instant) (try bool) {
 	}
 	pe.info = info
 	pe.info.Endpoints = nil // kept by the chooser
-	pe.home.Store(int32(info.HomeRegion))
+	if pe.home.Swap(int32(info.HomeRegion)) != int32(info.HomeRegion) {
+		pe.away.Store(0)
+	}
 	if pe.ch.setEndpoints(info.Endpoints, now) {
 		try = true
 	}

@@ -2,10 +2,10 @@ package path
 
 import (
 	"context"
-	"errors"
-	"fmt"
+	"net"
 	"net/netip"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,10 +20,17 @@ const (
 	relayIdle      = 60 * time.Second // a connection other than home closes after this long without a write
 	relayIdleCheck = 15 * time.Second
 	backoffMin     = 100 * time.Millisecond
+	backoffSoon    = 700 * time.Millisecond // at most, in the first time: relays restart
+	backoffSoonFor = 30 * time.Second
 	backoffMax     = 5 * time.Second
+	// A relay to which packets go while nothing comes is asked whether it is
+	// there, and left when it does not say so in time.
+	relaySilent = 2 * time.Second
+	relayAnswer = 1500 * time.Millisecond
 	// What is sent while a connection is being made waits for it, within
 	// these bounds: the first handshake must not be lost to the dial.
 	maxWaiting     = 64
+	maxWaitingPeer = 16 // of them for one peer
 	maxWaitingSize = 128 << 10
 	maxWait        = 3 * time.Second
 )
@@ -33,6 +40,9 @@ type relayConn interface {
 	// Send queues copies of packets; it does not block.
 	Send(dst identity.NodePublic, packets ...[]byte) error
 	NotePreferred(home bool)
+	// Ping waits for an answer of the relay, for which Recv must run.
+	Ping(ctx context.Context) (time.Duration, error)
+	LocalAddr() net.Addr
 	Recv() (derp.Message, error)
 	Close() error
 }
@@ -44,6 +54,9 @@ type relayEvents interface {
 	relayDown(region int, err error)
 	relayPackets(region int, src identity.NodePublic, datagrams [][]byte)
 	relayPeerGone(region int, peer identity.NodePublic)
+	relayRestarting(region int, in time.Duration)
+	// relayWatch asks for a call of watch at an instant.
+	relayWatch(at instant)
 }
 
 // relaySet holds the connections to relays, one a region. Those in use or kept
@@ -71,6 +84,11 @@ type relay struct {
 	kick   chan struct{} // capacity 1; ends a wait between attempts
 	live   atomic.Pointer[liveRelay]
 	used   atomic.Int64 // instant of the last write
+	heard  atomic.Int64 // instant of the last message
+
+	failing atomic.Bool // not connected, and the last attempt failed
+	watched atomic.Bool // packets out are watched
+	asking  atomic.Bool // a ping is under way
 
 	mu      sync.Mutex // guards what follows
 	running bool       // its goroutine
@@ -136,6 +154,12 @@ func (s *relaySet) connected(region int) bool {
 	return r != nil && r.live.Load() != nil
 }
 
+// isFailing reports whether the last attempt to connect to a region failed.
+func (s *relaySet) isFailing(region int) bool {
+	r := s.get(region)
+	return r != nil && r.failing.Load()
+}
+
 // send sends by a region, connecting to it if need be; false means that the map
 // does not know it.
 func (s *relaySet) send(region int, dst identity.NodePublic, datagrams ...[]byte) bool {
@@ -143,8 +167,12 @@ func (s *relaySet) send(region int, dst identity.NodePublic, datagrams ...[]byte
 	if r == nil {
 		return false
 	}
-	r.used.Store(int64(s.now()))
+	now := s.now()
+	r.used.Store(int64(now))
 	if l := r.live.Load(); l != nil && l.conn.Send(dst, datagrams...) == nil {
+		if !r.watched.Load() && !r.watched.Swap(true) {
+			s.events.relayWatch(now + relaySilent)
+		}
 		return true
 	}
 	r.wait(dst, datagrams)
@@ -159,6 +187,7 @@ func (r *relay) wait(dst identity.NodePublic, datagrams [][]byte) {
 		if len(b) > maxWaitingSize {
 			continue
 		}
+		r.makeRoom(dst)
 		for len(r.waiting) >= maxWaiting || r.size+len(b) > maxWaitingSize {
 			r.size -= len(r.waiting[0].data)
 			r.waiting = r.waiting[1:]
@@ -171,6 +200,23 @@ func (r *relay) wait(dst identity.NodePublic, datagrams [][]byte) {
 	// The connection may have come up between the caller's look and ours.
 	if l := r.live.Load(); l != nil {
 		r.flush(l.conn)
+	}
+}
+
+// makeRoom drops the oldest packet for a peer that has its share waiting, so
+// that one peer does not take the place of others.
+func (r *relay) makeRoom(dst identity.NodePublic) {
+	oldest, n := -1, 0
+	for i := range r.waiting {
+		if r.waiting[i].dst == dst {
+			if n++; oldest < 0 {
+				oldest = i
+			}
+		}
+	}
+	if n >= maxWaitingPeer {
+		r.size -= len(r.waiting[oldest].data)
+		r.waiting = slices.Delete(r.waiting, oldest, oldest+1)
 	}
 }
 
@@ -256,8 +302,50 @@ func (r *relay) unused(now instant) bool {
 	return !r.keep && now-instant(r.used.Load()) > relayIdle
 }
 
-// reconnect replaces all connections, as after a change of the network.
-func (s *relaySet) reconnect() {
+// watch looks whether relays to which packets went still answer, and says when
+// to look again, 0 = not needed.
+func (s *relaySet) watch(now instant) (next instant) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, r := range s.regions {
+		l := r.live.Load()
+		if !r.watched.Load() {
+			continue
+		}
+		used, heard := instant(r.used.Load()), instant(r.heard.Load())
+		switch {
+		case l == nil || now-used > 2*relaySilent:
+			r.watched.Store(false)
+			continue
+		case used > heard && now-heard >= relaySilent:
+			s.askLocked(r, l)
+		}
+		next = now + relaySilent
+	}
+	return next
+}
+
+// askLocked makes sure that a relay is there, or ends its connection.
+func (s *relaySet) askLocked(r *relay, l *liveRelay) {
+	if s.closed || r.asking.Swap(true) {
+		return
+	}
+	s.wg.Go(func() {
+		defer r.asking.Store(false)
+		ctx, cancel := context.WithTimeout(r.ctx, relayAnswer)
+		defer cancel()
+		if _, err := l.conn.Ping(ctx); err != nil {
+			l.conn.Close()
+			return
+		}
+		r.heard.Store(int64(s.now()))
+	})
+}
+
+// recheck is for when the network changed: connections from addresses that are
+// gone are replaced at once, the others when the relay does not answer. Relays
+// that could not be reached are tried again now.
+func (s *relaySet) recheck(here func(netip.Addr) bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.closed {
@@ -265,7 +353,11 @@ func (s *relaySet) reconnect() {
 	}
 	for _, r := range s.regions {
 		if l := r.live.Load(); l != nil {
-			s.wg.Go(func() { l.conn.Close() })
+			if a, ok := l.conn.LocalAddr().(*net.TCPAddr); ok && !here(a.AddrPort().Addr().Unmap()) {
+				s.wg.Go(func() { l.conn.Close() })
+			} else {
+				s.askLocked(r, l)
+			}
 		}
 		select {
 		case r.kick <- struct{}{}:
@@ -277,14 +369,28 @@ func (s *relaySet) reconnect() {
 // run connects, reads and connects again, while the region is kept or used.
 func (r *relay) run() {
 	s := r.set
-	pause := backoff.Backoff{Min: backoffMin, Max: backoffMax}
+	pause := backoff.Backoff{Min: backoffMin, Max: backoffSoon}
+	var failedFrom instant // 0 = the last attempt succeeded
 	for {
 		began := s.now()
+		select {
+		case <-r.kick: // this very attempt is what it asks for
+		default:
+		}
 		conn, err := s.dial(r.ctx, r.def)
 		if err == nil {
+			r.failing.Store(false)
 			err = r.serve(conn)
-			if s.now()-began > backoffMax {
-				pause.Reset()
+			failedFrom = 0
+			if s.now()-began > backoffSoon {
+				pause = backoff.Backoff{Min: backoffMin, Max: backoffSoon}
+			}
+		} else {
+			r.failing.Store(true)
+			if failedFrom == 0 {
+				failedFrom = began
+			} else if s.now()-failedFrom > backoffSoonFor {
+				pause.Max = backoffMax
 			}
 		}
 		if r.ctx.Err() == nil {
@@ -294,13 +400,14 @@ func (r *relay) run() {
 		if r.ctx.Err() != nil || !r.keep && s.now()-instant(r.used.Load()) > relayIdle {
 			r.running = false
 			r.waiting, r.size = nil, 0
+			r.failing.Store(false)
 			r.mu.Unlock()
 			return
 		}
 		r.mu.Unlock()
 		select {
 		case <-r.kick:
-			pause.Reset()
+			pause = backoff.Backoff{Min: backoffMin, Max: backoffSoon}
 		default:
 			pause.Wait(r.ctx, 0, r.kick, err)
 		}
@@ -313,6 +420,8 @@ func (r *relay) serve(conn relayConn) error {
 	defer conn.Close()
 	defer stop()
 	l := &liveRelay{conn}
+	r.heard.Store(int64(r.set.now()))
+	r.watched.Store(false)
 	r.mu.Lock()
 	home := r.home
 	r.live.Store(l)
@@ -329,66 +438,14 @@ func (r *relay) serve(conn relayConn) error {
 			r.live.CompareAndSwap(l, nil)
 			return err
 		}
+		r.heard.Store(int64(r.set.now()))
 		switch m.Kind {
 		case derp.KindPackets:
 			r.set.events.relayPackets(r.id, m.Peer, m.Packets)
 		case derp.KindPeerGone:
 			r.set.events.relayPeerGone(r.id, m.Peer)
+		case derp.KindRestarting:
+			r.set.events.relayRestarting(r.id, m.ReconnectIn)
 		}
 	}
-}
-
-// errNoRelayNode reports a region of the map without a relay.
-var errNoRelayNode = errors.New("no node of the region relays")
-
-// dialRegion connects to the first node of a region that answers.
-func (p *Path) dialRegion(ctx context.Context, def *wire.DERPRegion) (relayConn, error) {
-	var errs []error
-	for _, n := range def.Nodes {
-		if n == nil || n.STUNOnly {
-			continue
-		}
-		for _, host := range relayHosts(n) {
-			port := n.DERPPort
-			if port == 0 {
-				port = 443
-			}
-			c, err := derp.Dial(ctx, derp.ClientConfig{
-				Key:     p.cfg.Key,
-				Dial:    p.cfg.DialTCP,
-				RootCAs: p.cfg.RootCAs,
-				Logger:  p.log,
-				Target: derp.Target{
-					Region: def.RegionID, Name: n.Name, HostName: n.HostName, CertName: n.CertName,
-					Addr: joinHostPort(host, port), InsecureForTests: n.InsecureForTests,
-				},
-			})
-			if err == nil {
-				return c, nil
-			}
-			errs = append(errs, err)
-			if ctx.Err() != nil {
-				return nil, err
-			}
-		}
-	}
-	if len(errs) == 0 {
-		return nil, fmt.Errorf("relay %d: %w", def.RegionID, errNoRelayNode)
-	}
-	return nil, errors.Join(errs...)
-}
-
-// relayHosts returns what to dial for a node: its addresses, or its name when
-// it lists none.
-func relayHosts(n *wire.DERPNode) []string {
-	var hosts []string
-	for _, text := range []string{n.IPv4, n.IPv6} {
-		if _, err := netip.ParseAddr(text); err == nil {
-			hosts = append(hosts, text)
-		}
-	}
-	if len(hosts) == 0 && n.HostName != "" {
-		hosts = []string{n.HostName}
-	}
-	return hosts
 }

@@ -160,14 +160,23 @@ func (p *Path) tooLarge(pe *peer) {
 
 // relayOf returns the region by which to reach a peer, 0 = none. While the
 // connection to the peer's home is being made, the one by which it was heard
-// serves.
+// serves. While that home cannot be reached, or the peer is not there, it may
+// have gone where this node went: to its own home.
 func (p *Path) relayOf(pe *peer) int {
 	home, heard := int(pe.home.Load()), int(pe.heard.Load())
+	away := home != 0 && int(pe.away.Load()) == home
 	switch {
-	case p.relays.connected(home):
+	case !away && p.relays.connected(home):
 		return home
 	case p.relays.connected(heard):
 		return heard
+	}
+	if away || p.relays.isFailing(home) {
+		if own := int(p.homeNow.Load()); own != home && p.relays.connected(own) {
+			return own
+		}
+	}
+	switch {
 	case p.relays.has(home):
 		return home
 	case p.relays.has(heard):

@@ -1,0 +1,382 @@
+package path_test
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"mesh/internal/path"
+	"mesh/internal/vnet"
+)
+
+// site is an agent with what is around it.
+type site struct {
+	*agent
+	host   *vnet.Host
+	router *vnet.Router
+}
+
+// home starts an agent behind a router of its own.
+func (w *world) home(name string, spec vnet.NAT) site {
+	w.t.Helper()
+	r := w.n.NAT(spec)
+	h := r.Host()
+	return site{w.agent(name, h), h, r}
+}
+
+// settled lets a pair talk until it is as it will stay.
+func settled(t *testing.T, a, b *agent, direct bool) {
+	t.Helper()
+	time.Sleep(time.Second)
+	talkUntil(a, b, 8*time.Second, dataLen, func() bool { return direct && bothDirect(a, b) })
+	talk(a, b, 3*time.Second)
+	if bothDirect(a, b) != direct {
+		t.Fatalf("direct %v: %s", !direct, how(a, b))
+	}
+	a.resetGap(b)
+	b.resetGap(a)
+}
+
+// recovery is how a pair got over a fault.
+type recovery struct {
+	gap    time.Duration // the longest time that either heard nothing
+	direct time.Duration // until both were direct again; watch if they were not
+	lost   time.Duration // until the first of them was not; 0 = never
+}
+
+// watch lets a pair talk after a fault.
+func watch(a, b *agent, d time.Duration) (r recovery) {
+	began := time.Now()
+	r.direct = d
+	talkUntil(a, b, d, dataLen, func() bool {
+		if !bothDirect(a, b) {
+			if r.lost == 0 {
+				r.lost = time.Since(began)
+			}
+			r.direct = d
+		} else if r.direct == d {
+			r.direct = time.Since(began)
+		}
+		return false
+	})
+	r.gap = max(a.gapFrom(b), b.gapFrom(a))
+	return r
+}
+
+// within logs a time to recover and fails when it is more than ten times the
+// goal: machines differ, and so does luck, but not by that.
+func within(t *testing.T, what string, d, goal time.Duration) {
+	t.Helper()
+	t.Logf("%-44s %8v (goal %v)", what, d.Round(time.Millisecond), goal)
+	if d > 10*goal {
+		t.Errorf("%s: %v is more than ten times %v", what, d, goal)
+	}
+}
+
+// noUDP drops UDP to and from an address.
+func noUDP(link time.Duration, a netip.Addr) vnet.Link {
+	return vnet.Link{Latency: link, Block: []vnet.Match{{Proto: vnet.UDP, Host: netip.PrefixFrom(a, a.BitLen())}}}
+}
+
+const wanLatency = 5 * time.Millisecond
+
+func TestVnetPathDeath(t *testing.T) {
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.router.SetLink(noUDP(wanLatency, b.router.WAN()))
+		r := watch(a.agent, b.agent, 30*time.Second)
+		within(t, "direct path dies, relay alive", r.gap, 3*time.Second)
+		if bothDirect(a.agent, b.agent) {
+			t.Error("still direct")
+		}
+		a.resetGap(b.agent)
+		b.resetGap(a.agent)
+		a.router.SetLink(vnet.Link{Latency: wanLatency})
+		r = watch(a.agent, b.agent, 30*time.Second)
+		within(t, "direct path healed: gap", r.gap, 500*time.Millisecond)
+		within(t, "direct path healed: direct again", r.direct, 5*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) { // one direction only
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		// What b's router sees as source is a; what comes back is another match,
+		// so the block sits on the port that a's packets go to.
+		st := a.Status(b.key)
+		a.router.SetLink(vnet.Link{Latency: wanLatency, Block: []vnet.Match{{
+			Proto: vnet.UDP, Host: netip.PrefixFrom(st.Direct.Addr(), 32), Longer: 80,
+		}}})
+		within(t, "all but small packets of a path die", watch(a.agent, b.agent, 30*time.Second).gap, 3*time.Second)
+	})
+}
+
+func TestVnetNATChanges(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		spec   vnet.NAT
+		change func(r *vnet.Router)
+	}{
+		{"NAT rebinding", vnet.Home(), (*vnet.Router).Rebind},
+		{"NAT restart, ports kept", vnet.Home(), (*vnet.Router).Flush},
+		{"WAN address change", vnet.Home(), func(r *vnet.Router) { r.NewWAN() }},
+		{"NAT rebinding, port restricted", vnet.PortRestricted(), (*vnet.Router).Rebind},
+	} {
+		inWorld(t, 1, func(t *testing.T, w *world) {
+			a, b := w.home("a", c.spec), w.home("b", vnet.Home())
+			settled(t, a.agent, b.agent, true)
+			c.change(a.router)
+			r := watch(a.agent, b.agent, 40*time.Second)
+			within(t, c.name+": gap", r.gap, 2*time.Second)
+			within(t, c.name+": direct again", r.direct, 10*time.Second)
+		})
+	}
+	for _, c := range []struct {
+		name   string
+		change func(r *vnet.Router)
+	}{
+		{"symmetric NAT flushed", (*vnet.Router).Flush},
+		{"symmetric NAT, new WAN address", func(r *vnet.Router) { r.NewWAN() }},
+	} {
+		inWorld(t, 1, func(t *testing.T, w *world) {
+			a, b := w.home("a", vnet.Symmetric()), w.agent("b", w.n.Host(vnet.V4))
+			settled(t, a.agent, b, true)
+			c.change(a.router)
+			r := watch(a.agent, b, 40*time.Second)
+			within(t, c.name+": gap", r.gap, 2*time.Second)
+			within(t, c.name+": direct again", r.direct, 10*time.Second)
+		})
+	}
+}
+
+func TestVnetRoaming(t *testing.T) {
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		other := w.n.NAT(vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.host.Move(other)
+		r := watch(a.agent, b.agent, 40*time.Second)
+		within(t, "roaming to another router: gap", r.gap, 2*time.Second)
+		within(t, "roaming to another router: direct again", r.direct, 3*time.Second)
+		a.resetGap(b.agent)
+		b.resetGap(a.agent)
+
+		// Into b's own network.
+		a.host.Move(b.router)
+		r = watch(a.agent, b.agent, 40*time.Second)
+		within(t, "roaming into the peer's LAN: gap", r.gap, 2*time.Second)
+		within(t, "roaming into the peer's LAN: direct again", r.direct, 3*time.Second)
+		a.resetGap(b.agent)
+		b.resetGap(a.agent)
+
+		a.host.Move(w.n.NAT(vnet.UDPBlocked()))
+		within(t, "roaming to where UDP is blocked: gap", watch(a.agent, b.agent, 40*time.Second).gap, 2*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Symmetric())
+		settled(t, a.agent, b.agent, false)
+		a.host.Move(w.n.NAT(vnet.Home()))
+		within(t, "roaming of a relayed pair: gap", watch(a.agent, b.agent, 40*time.Second).gap, 2*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.host.SetUp(false)
+		watch(a.agent, b.agent, 10*time.Second)
+		a.resetGap(b.agent)
+		b.resetGap(a.agent)
+		a.host.SetUp(true)
+		up := time.Now()
+		r := watch(a.agent, b.agent, 40*time.Second)
+		within(t, "interface down 10 s, then up: data again", a.lateness(b.agent, up, r), 2*time.Second)
+		within(t, "interface down 10 s, then up: direct again", r.direct, 3*time.Second)
+	})
+}
+
+// lateness is how long after an instant data came again, both ways; the gaps
+// were reset then. A gap that began before it counts from it.
+func (a *agent) lateness(b *agent, _ time.Time, r recovery) time.Duration { return r.gap }
+
+func TestVnetRelayDeath(t *testing.T) {
+	// A pair that cannot be direct, at home at the nearer of two relays.
+	relayed := func(t *testing.T, w *world) (a, b site) {
+		a, b = w.home("a", vnet.Symmetric()), w.home("b", vnet.Symmetric())
+		settled(t, a.agent, b.agent, false)
+		if a.HomeRegion() != 1 || b.HomeRegion() != 1 {
+			t.Fatal("home", a.HomeRegion(), b.HomeRegion())
+		}
+		return a, b
+	}
+	inWorld(t, 2, func(t *testing.T, w *world) {
+		a, b := relayed(t, w)
+		w.relays[1].kill()
+		r := watch(a.agent, b.agent, 30*time.Second)
+		within(t, "relay killed, two relays", r.gap, 2*time.Second)
+		if a.HomeRegion() != 2 || b.HomeRegion() != 2 {
+			t.Error("home", a.HomeRegion(), b.HomeRegion())
+		}
+		a.resetGap(b.agent)
+		b.resetGap(a.agent)
+		w.relays[1].start()
+		r = watch(a.agent, b.agent, 3*time.Minute)
+		within(t, "the better relay is back: gap", r.gap, 500*time.Millisecond)
+		if a.HomeRegion() != 1 || b.HomeRegion() != 1 {
+			t.Error("home", a.HomeRegion(), b.HomeRegion())
+		}
+	})
+	inWorld(t, 2, func(t *testing.T, w *world) {
+		a, b := relayed(t, w)
+		w.relays[1].cut(true)
+		within(t, "relay silent, two relays", watch(a.agent, b.agent, 3*time.Minute).gap, 3*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := relayed(t, w)
+		w.relays[1].kill()
+		watch(a.agent, b.agent, 3*time.Second)
+		w.relays[1].start()
+		back := watchAgain(a.agent, b.agent, 20*time.Second)
+		within(t, "relay restart, one relay: after its return", back, time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := relayed(t, w)
+		w.relays[1].cut(true)
+		watch(a.agent, b.agent, 20*time.Second)
+		w.relays[1].cut(false)
+		within(t, "relay black hole 20 s: after it healed", watchAgain(a.agent, b.agent, 60*time.Second), 3*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.router.Cut(true)
+		watch(a.agent, b.agent, 20*time.Second)
+		a.router.Cut(false)
+		within(t, "network black hole 20 s: after it healed", watchAgain(a.agent, b.agent, 60*time.Second), 3*time.Second)
+	})
+}
+
+// watchAgain is how long it takes from now until both have heard something.
+func watchAgain(a, b *agent, d time.Duration) time.Duration {
+	began := time.Now()
+	fresh := func(a, b *agent) bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.flowLocked(b.key).last.After(began)
+	}
+	talkUntil(a, b, d, dataLen, func() bool { return fresh(a, b) && fresh(b, a) })
+	return time.Since(began)
+}
+
+func TestVnetLinks(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		link vnet.Link
+		gap  time.Duration // goal
+		flap bool          // may lose its direct path
+	}{
+		{"5 % loss", vnet.Link{Latency: wanLatency, Loss: 0.05}, time.Second, false},
+		{"10 % loss", vnet.Link{Latency: wanLatency, Loss: 0.1}, time.Second, false},
+		{"20 % loss", vnet.Link{Latency: wanLatency, Loss: 0.2}, time.Second, true},
+		{"10 % loss in bursts", vnet.Link{Latency: wanLatency, Loss: 0.1, Burst: 8}, time.Second, true},
+		{"reordering", vnet.Link{Latency: wanLatency, Reorder: 0.2, ReorderBy: 30 * time.Millisecond}, time.Second, false},
+		{"duplication", vnet.Link{Latency: wanLatency, Duplicate: 0.3}, time.Second, false},
+		{"300 ms latency", vnet.Link{Latency: 300 * time.Millisecond}, time.Second, false},
+		{"100 ms and 200 ms jitter", vnet.Link{Latency: 100 * time.Millisecond, Jitter: 200 * time.Millisecond}, time.Second, false},
+		{"100 kB/s", vnet.Link{Latency: wanLatency, Bandwidth: 100_000}, time.Second, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inWorld(t, 1, func(t *testing.T, w *world) {
+				ra, rb := w.n.NAT(vnet.Home()), w.n.NAT(vnet.Home())
+				ra.SetLink(c.link)
+				rb.SetLink(c.link)
+				a, b := w.agent("a", ra.Host()), w.agent("b", rb.Host())
+				time.Sleep(2 * time.Second)
+				began := time.Now()
+				talkUntil(a, b, 30*time.Second, dataLen, func() bool { return bothDirect(a, b) })
+				within(t, c.name+": direct", time.Since(began), 1500*time.Millisecond)
+				a.resetGap(b)
+				b.resetGap(a)
+				r := watch(a, b, 2*time.Minute)
+				within(t, c.name+": longest gap in 2 min", r.gap, c.gap)
+				if r.lost != 0 && !c.flap {
+					t.Errorf("direct path lost after %v: %s", r.lost, how(a, b))
+				}
+				_, direct, relayed := a.heardFrom(b)
+				t.Logf("%d datagrams direct, %d by relay", direct, relayed)
+			})
+		})
+	}
+}
+
+// Datagrams of full size arrive although links or black holes take only small
+// ones.
+func TestVnetMTU(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		link vnet.Link
+	}{
+		{"MTU 1500", vnet.Link{Latency: wanLatency}},
+		{"MTU 1280", vnet.Link{Latency: wanLatency, MTU: 1280}},
+		{"MTU 1280, no fragments", vnet.Link{Latency: wanLatency, MTU: 1280, NoFragments: true}},
+		{"black hole above 1280", vnet.Link{Latency: wanLatency, BlackHole: 1280}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inWorld(t, 1, func(t *testing.T, w *world) {
+				a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+				settled(t, a.agent, b.agent, true)
+				full := func(what string) {
+					t.Helper()
+					a.resetGap(b.agent)
+					b.resetGap(a.agent)
+					talkUntil(a.agent, b.agent, 20*time.Second, fullLen, func() bool { return false })
+					within(t, c.name+", "+what, max(a.gapFrom(b.agent), b.gapFrom(a.agent)), 500*time.Millisecond)
+					_, direct, relayed := a.heardFrom(b.agent)
+					t.Logf("%d datagrams direct, %d by relay; %s", direct, relayed, how(a.agent, b.agent))
+				}
+				full("before")
+				a.router.SetLink(c.link)
+				full("after the link became so")
+			})
+			inWorld(t, 1, func(t *testing.T, w *world) {
+				ra, rb := w.n.NAT(vnet.Home()), w.n.NAT(vnet.Home())
+				ra.SetLink(c.link)
+				a, b := w.agent("a", ra.Host()), w.agent("b", rb.Host())
+				time.Sleep(time.Second)
+				talkUntil(a, b, 20*time.Second, fullLen, func() bool { return false })
+				within(t, c.name+", from the start", max(a.gapFrom(b), b.gapFrom(a)), 500*time.Millisecond)
+				_, direct, relayed := a.heardFrom(b)
+				t.Logf("%d datagrams direct, %d by relay; %s", direct, relayed, how(a, b))
+			})
+		})
+	}
+}
+
+// After ten idle minutes a pair costs nothing: no datagram but what keeps the
+// home relay, no mapping, no peer.
+func TestVnetIdle(t *testing.T) {
+	inWorld(t, 2, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		before := w.n.Stats()
+		settled(t, a.agent, b.agent, true)
+		time.Sleep(10 * time.Minute)
+		if st := a.Status(b.key); st != (path.PeerStatus{}) {
+			t.Errorf("a peer is left: %+v", st)
+		}
+		if k := a.router.Mappings() + b.router.Mappings(); k != 0 {
+			t.Errorf("%d mappings are kept alive", k)
+		}
+		now := w.n.Stats()
+		if now.Sockets != before.Sockets || now.Pending != 0 {
+			t.Errorf("%+v, before %+v", now, before)
+		}
+		time.Sleep(10 * time.Minute)
+		sent := w.n.Stats().Packets - now.Packets
+		t.Logf("%d packets of two idle nodes in 10 minutes", sent)
+		if sent > 100 {
+			t.Error("too many")
+		}
+		a.resetGap(b.agent)
+		// And the first word after that is heard at once.
+		if d := watchAgain(a.agent, b.agent, 10*time.Second); d > time.Second {
+			t.Error("first word after", d)
+		}
+	})
+}
