@@ -198,14 +198,32 @@ func (c *Client) connect(ctx context.Context) (*http.ClientConn, error) {
 	return conn, nil
 }
 
-// current returns the connection if it works.
+// current returns the connection if it works and takes another request.
 func (c *Client) current() *http.ClientConn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.conn != nil && c.conn.Err() != nil {
+	switch {
+	case c.conn == nil:
+	case c.conn.Err() != nil:
+		c.conn = nil
+	case c.conn.Available() == 0:
+		// The server asked for no more requests, as it does when it is about
+		// to restart. What goes on over the connection goes on.
+		outlive(c.conn)
 		c.conn = nil
 	}
 	return c.conn
+}
+
+// outlive closes a connection when the last of its requests is over.
+func outlive(conn *http.ClientConn) {
+	over := func(conn *http.ClientConn) {
+		if conn.InFlight() == 0 {
+			conn.Close()
+		}
+	}
+	conn.SetStateHook(over)
+	over(conn)
 }
 
 // drop closes a connection that has proven to be dead.

@@ -93,9 +93,9 @@ func TestRegister(t *testing.T) {
 			return errors.As(err, &st) && st.Status == 403 && st.Text == "go away" && errors.Is(err, wire.ErrNodeRevoked) && IsFatal(err)
 		}},
 		"busy": {status(429, "", "Retry-After", "20"), func(_ *wire.RegisterResponse, err error) bool {
-			return errors.As(err, &st) && retryAfter(err) >= 20*time.Second && !IsFatal(err)
+			return errors.As(err, &st) && RetryAfter(err) >= 20*time.Second && !IsFatal(err)
 		}},
-		"busy without a time": {status(503, ""), func(_ *wire.RegisterResponse, err error) bool { return retryAfter(err) == defaultRetryAfter }},
+		"busy without a time": {status(503, ""), func(_ *wire.RegisterResponse, err error) bool { return RetryAfter(err) == defaultRetryAfter }},
 		"garbage":             {status(200, "<html>"), func(_ *wire.RegisterResponse, err error) bool { return err != nil }},
 		"endless": {status(200, strings.Repeat(" ", wire.MaxResponseBody+1)), func(_ *wire.RegisterResponse, err error) bool {
 			return err != nil && strings.Contains(err.Error(), "too long")

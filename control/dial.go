@@ -82,7 +82,8 @@ func (c *Client) dialNoise(ctx context.Context) (*noise.Conn, error) {
 	key, keyErr := c.fetchKey(ctx)
 	switch {
 	case !c.cfg.ServerKey.IsZero():
-		if mismatch && (keyErr != nil || key != c.serverKey) {
+		// Servers that cannot read a handshake may also just close.
+		if key != c.serverKey && (mismatch || keyErr == nil) {
 			return nil, &ServerKeyError{Pinned: c.serverKey, Got: key}
 		}
 	case keyErr == nil && key != c.serverKey:
@@ -100,6 +101,9 @@ func (c *Client) noiseError(ctx context.Context, err error) error {
 	var up *noise.UpgradeError
 	if errors.As(err, &up) {
 		return &StatusError{Status: up.StatusCode, Text: up.Text, RetryAfter: backoff.RetryAfter(up.RetryAfter, time.Now())}
+	}
+	if errors.Is(err, noise.ErrClosed) {
+		err = fmt.Errorf("%w: is it too new for this client (version %d), or behind a proxy?", err, wire.CapabilityVersion)
 	}
 	return c.unreachable(ctx, err)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"time"
 
@@ -78,8 +79,14 @@ func (e *RefusedError) Error() string {
 	return "registration refused: " + e.Text
 }
 
-// Unwrap returns the error behind the code, such as wire.ErrAuthKeyUsed.
-func (e *RefusedError) Unwrap() error { return e.Code.Err() }
+// Unwrap returns the error behind the code, such as wire.ErrAuthKeyUsed, or
+// behind the words that other control servers use.
+func (e *RefusedError) Unwrap() error {
+	if err := e.Code.Err(); err != nil {
+		return err
+	}
+	return foreignRefusal(e.Text)
+}
 
 // StatusError is an HTTP status other than 200.
 type StatusError struct {
@@ -100,8 +107,14 @@ func (e *StatusError) Error() string {
 	return fmt.Sprintf("control server answered HTTP status %d: %q", e.Status, e.Text)
 }
 
-// Unwrap returns the error behind the code, such as wire.ErrNodeRevoked.
-func (e *StatusError) Unwrap() error { return e.Code.Err() }
+// Unwrap returns the error behind the code, such as wire.ErrNodeRevoked, or
+// behind the words that other control servers use.
+func (e *StatusError) Unwrap() error {
+	if err := e.Code.Err(); err != nil {
+		return err
+	}
+	return foreignAnswer(e.Status, e.Text)
+}
 
 // fatal lists what trying again does not mend.
 var fatal = []error{
@@ -120,13 +133,23 @@ func IsFatal(err error) bool {
 	return false
 }
 
-// retryAfter returns how long the server that err came from asked to wait.
-func retryAfter(err error) time.Duration {
+// IsTemporary reports whether err may pass by itself: the control server does
+// not answer, is busy, or is in trouble.
+func IsTemporary(err error) bool {
+	var unreachable *UnreachableError
+	var status *StatusError
+	return errors.As(err, &unreachable) ||
+		errors.As(err, &status) && (status.Status >= 500 || status.Status == http.StatusTooManyRequests)
+}
+
+// RetryAfter returns how long the server that err came from asked to wait, 0 if
+// it did not.
+func RetryAfter(err error) time.Duration {
 	var s *StatusError
 	if !errors.As(err, &s) {
 		return 0
 	}
-	if s.RetryAfter == 0 && (s.Status == 429 || s.Status == 503) {
+	if s.RetryAfter == 0 && (s.Status == http.StatusTooManyRequests || s.Status == http.StatusServiceUnavailable) {
 		return defaultRetryAfter
 	}
 	return s.RetryAfter

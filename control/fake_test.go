@@ -63,6 +63,7 @@ type fake struct {
 	server   *http.Server
 	key      atomic.Pointer[identity.MachinePrivate]
 	early    []byte
+	tooOld   atomic.Bool // closes right after the switch of protocols
 
 	// What tests may set before use.
 	register func(wire.RegisterRequest) any // an answer, or a func(http.ResponseWriter)
@@ -72,6 +73,8 @@ type fake struct {
 	keys, upgrades atomic.Int32
 	mu             sync.Mutex // guards the fields below
 	heads          []string
+	others         []string // requests inside that the server does not offer
+	inner          []*http.Server
 	conns          map[*noise.Conn]bool
 	wires          []*wireConn
 }
@@ -219,6 +222,13 @@ func (f *fake) head(_ http.ResponseWriter, r *http.Request) {
 
 func (f *fake) upgrade(w http.ResponseWriter, r *http.Request) {
 	f.upgrades.Add(1)
+	if f.tooOld.Load() {
+		if raw, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			io.WriteString(raw, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: tailscale-control-protocol\r\nConnection: upgrade\r\n\r\n")
+			raw.Close()
+		}
+		return
+	}
 	c, err := noise.Accept(w, r, *f.key.Load(), noise.AcceptOptions{EarlyPayload: f.early})
 	if err != nil {
 		return
@@ -263,8 +273,17 @@ func (f *fake) upgrade(w http.ResponseWriter, r *http.Request) {
 		}
 		f.poll(w, r, &poll{relay: req, machine: c.Peer()})
 	})
+	h.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		f.mu.Lock()
+		f.others = append(f.others, r.Method+" "+r.URL.Path)
+		f.mu.Unlock()
+		http.Error(w, "Not implemented yet", http.StatusNotImplemented)
+	})
 	// The server of the standard library works in virtual time.
 	s := &http.Server{Handler: h, Protocols: new(http.Protocols)}
+	f.mu.Lock()
+	f.inner = append(f.inner, s)
+	f.mu.Unlock()
 	s.Protocols.SetUnencryptedHTTP2(true)
 	one := newMemory()
 	closed := make(chan struct{})
@@ -295,6 +314,18 @@ func (f *fake) poll(w http.ResponseWriter, r *http.Request, p *poll) {
 		case <-p.closed:
 			return
 		}
+	}
+}
+
+// goAway tells clients to send no more requests over the connections that there
+// are. What goes on over them goes on.
+func (f *fake) goAway(ctx context.Context) {
+	f.mu.Lock()
+	servers := f.inner
+	f.inner = nil
+	f.mu.Unlock()
+	for _, s := range servers {
+		go s.Shutdown(ctx)
 	}
 }
 

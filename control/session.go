@@ -50,6 +50,8 @@ type SessionConfig struct {
 	// OnState is called by Run when the connection comes up (with nil) and for
 	// each failure (with the reason). It may be nil.
 	OnState func(error)
+	// Ephemeral says that the node was registered as one to forget.
+	Ephemeral bool
 	// Store keeps the last map for SavedMap; nil = it is not kept.
 	Store identity.Store
 }
@@ -252,6 +254,9 @@ func (s *Session) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		if forgotten(err) {
+			err = s.registerAgain(ctx, err)
+		}
 		if IsFatal(err) {
 			return err
 		}
@@ -271,10 +276,27 @@ func (s *Session) run(ctx context.Context) error {
 		}
 		s.c.log.Debug("map stream ended, will try again", zap.Error(err))
 		s.forgetNudge()
-		if wait.Wait(ctx, retryAfter(err), s.nudge, nil) != nil {
+		if wait.Wait(ctx, RetryAfter(err), s.nudge, nil) != nil {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// registerAgain asks a control server that has forgotten the node, which is why,
+// to take it back as it is. An enrolment key is not used for that: who was
+// removed by an administrator stays out. It returns what to go on with, never
+// nil.
+func (s *Session) registerAgain(ctx context.Context, why error) error {
+	r, _ := s.request()
+	_, err := s.c.Register(ctx, wire.RegisterRequest{NodeKey: s.cfg.NodeKey, Hostinfo: r.Hostinfo, Ephemeral: s.cfg.Ephemeral})
+	switch {
+	case err == nil:
+		s.c.log.Info("control server had forgotten this node and took it back")
+		return ErrStreamEnded
+	case ctx.Err() != nil, IsTemporary(err), IsFatal(err):
+		return err
+	}
+	return fmt.Errorf("%w; %w", why, err)
 }
 
 func (s *Session) state(err error) {
@@ -329,12 +351,12 @@ func (s *Session) sendUpdates(ctx context.Context, cancel context.CancelCauseFun
 			if ctx.Err() != nil {
 				return
 			}
-			if IsFatal(err) {
+			if IsFatal(err) && !forgotten(err) { // the stream hears of that, too
 				cancel(err)
 				return
 			}
 			s.c.log.Debug("update failed, will try again", zap.Error(err))
-			if wait.Wait(ctx, retryAfter(err), nil, nil) != nil {
+			if wait.Wait(ctx, RetryAfter(err), nil, nil) != nil {
 				return
 			}
 		}

@@ -104,7 +104,10 @@ func TestStreamEnds(t *testing.T) {
 		"revoked":      {func(p *poll) { p.send(wire.MapResponse{MeshCode: wire.CodeNodeRevoked}) }, func(err error) bool { return errors.Is(err, wire.ErrNodeRevoked) && IsFatal(err) }},
 		"cloned":       {func(p *poll) { p.send(wire.MapResponse{KeepAlive: true, MeshCode: wire.CodeCloned}) }, func(err error) bool { return errors.Is(err, wire.ErrCloned) && IsFatal(err) }},
 		"unknown code": {func(p *poll) { p.send(wire.MapResponse{MeshCode: "later"}) }, func(err error) bool { return errors.Is(err, ErrStreamEnded) && !IsFatal(err) }},
-		"status":       {func(p *poll) { p.answer(status(404, "node not found")) }, func(err error) bool { return errors.As(err, &st) && st.Status == 404 && !IsFatal(err) }},
+		"status": {func(p *poll) { p.answer(status(404, "node not found")) }, func(err error) bool {
+			return errors.As(err, &st) && st.Status == 404 && errors.Is(err, wire.ErrNodeUnknown)
+		}},
+		"other status": {func(p *poll) { p.answer(status(404, "no such page")) }, func(err error) bool { return errors.As(err, &st) && st.Status == 404 && !IsFatal(err) }},
 		"oversize":     {func(p *poll) { p.raw([]byte{0xff, 0xff, 0xff, 0xff}) }, func(err error) bool { return strings.Contains(err.Error(), "too long") }},
 		"cut head":     {func(p *poll) { p.raw([]byte{1, 0}) }, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }},
 		"cut body":     {func(p *poll) { p.raw(frame(text)[:10]) }, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }},
