@@ -82,13 +82,16 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 			return err
 		}
 		var login *control.NeedsLoginError
+		var refused *control.RefusedError
+		foreign := errors.As(err, &refused) && refused.Code == ""
 		switch {
 		case errors.Is(err, wire.ErrNodeKeyExpired):
 			// The same node with a new key.
 			old = e.state.Node.Public()
 		case errors.Is(err, wire.ErrNodeRevoked), errors.Is(err, wire.ErrMachineMismatch):
 			// A new node: the old identity is of no more use.
-		case !useKey && (errors.Is(err, wire.ErrNodeUnknown) || errors.Is(err, wire.ErrNeedsLogin) || errors.As(err, &login)):
+		case !useKey && (errors.Is(err, wire.ErrNodeUnknown) || errors.Is(err, wire.ErrNeedsLogin) || errors.As(err, &login) || foreign):
+			// Or a server that has no codes, and may want the key each time.
 			useKey = true
 			continue
 		default:

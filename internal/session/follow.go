@@ -120,9 +120,7 @@ func (s *Session) because(err error) error {
 
 // worthRetry reports whether a failure to register may pass by itself.
 func worthRetry(err error) bool {
-	var unreachable *control.UnreachableError
-	var status *control.StatusError
-	return errors.Is(err, errNoAnswer) || errors.As(err, &unreachable) || errors.As(err, &status) && status.Status >= 500
+	return errors.Is(err, errNoAnswer) || control.IsTemporary(err)
 }
 
 // savedMap is the map with which an enrolled node can start by itself, nil if
@@ -154,7 +152,7 @@ func (s *Session) keepRegistering(e *enrolment, err error) error {
 			return err
 		}
 		s.setTrouble(err)
-		if werr := wait.Wait(s.ctx, 0, nil, err); werr != nil {
+		if werr := wait.Wait(s.ctx, control.RetryAfter(err), nil, err); werr != nil {
 			return werr
 		}
 		if time.Since(since) > control.ShortOutage {
