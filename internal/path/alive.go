@@ -10,6 +10,7 @@ import "time"
 type liveness struct {
 	missed int     // pongs in a row
 	asked  instant // when the ping was sent whose pong is awaited, 0 = none
+	began  instant // when that began, or the first of those that were missed
 	pong   instant // the last one
 
 	watching bool    // packets out are watched
@@ -62,7 +63,7 @@ func (c *chooser) watch(now instant) {
 // check asks the best path whether it is there, unless that is being done.
 func (c *chooser) check(now instant, out *todo) {
 	if l := &c.alive; l.asked == 0 && c.best.IsValid() {
-		l.asked = now
+		l.asked, l.began = now, now
 		c.ask(now, out)
 	}
 }
@@ -112,14 +113,21 @@ func (c *chooser) suspect(now instant, out *todo) {
 func (c *chooser) stayAlive(now, lastSent, lastHeard instant, out *todo) {
 	l, f := &c.alive, &c.size
 	if l.watching && now >= l.look {
-		answered := max(lastHeard, l.pong+confirmedFor-unansweredFor)
+		answered := max(lastHeard, l.pong)
+		if lastHeard < l.pong-confirmedFor {
+			answered = l.pong + confirmedFor - unansweredFor // traffic one way only
+		}
+		next := unansweredFor
 		switch {
 		case lastSent < l.looked:
 			l.watching = false
-		case c.best.IsValid() && lastSent > answered && now-answered >= unansweredFor:
+		case lastSent <= answered:
+		case now-answered >= unansweredFor:
 			c.check(now, out)
+		default: // look when it will have been too long
+			next = max(answered+unansweredFor-now, lookLeast)
 		}
-		l.looked, l.look = now, now+unansweredFor
+		l.looked, l.look = now, now+next
 	}
 	if !c.best.IsValid() {
 		return
@@ -142,16 +150,19 @@ func (c *chooser) stayAlive(now, lastSent, lastHeard instant, out *todo) {
 		return
 	}
 	l.missed++
-	c.distrust(now)
-	if l.missed >= dead {
+	limit := dead
+	if now-lastHeard < unansweredFor {
+		limit = deadHeard
+	}
+	if l.missed >= limit {
 		c.clearBest(now, "path silent")
 		c.replace(now)
 		return
 	}
-	if l.missed >= doubtful {
+	if l.missed >= moved {
 		c.replace(now)
 	}
-	c.alive.asked = now
+	c.alive.asked = now // of what replaced it, maybe
 	c.ask(now, out)
 }
 
@@ -186,6 +197,9 @@ func (c *chooser) replace(now instant) {
 		if a == c.best || k.ponged == 0 || k.ponged < k.pinged || now-k.ponged > answeredLate {
 			continue
 		}
+		if c.best.IsValid() && c.alive.missed < doubtful && k.seen < c.alive.began {
+			continue
+		}
 		if r := (route{a, k.latency}); better(r, found) {
 			found = r
 		}
@@ -200,7 +214,8 @@ func (c *chooser) replace(now instant) {
 	at := c.candidates[found.to].ponged
 	c.setBest(found.to, now, why)
 	c.latency = found.latency
-	c.trusted = min(at+trustFor, now-1) // both ways until it answers again
+	c.trusted = at + trustFor
+	c.alive.missed = 1 // both ways until it answers again
 }
 
 // usableSize is the largest datagram that the best path takes, 0 = none.

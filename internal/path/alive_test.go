@@ -37,7 +37,7 @@ func TestChooserLosesSilentPath(t *testing.T) {
 		}
 		// It is tried on, at the pace of the protocol, and comes back.
 		ct.observe = nil
-		if n := ct.run(50*time.Second, 20*ms, up(latency)); n > 2*11+50/3+1 {
+		if n := ct.run(50*time.Second, 20*ms, up(latency)); n > 50/2+50/3+2 {
 			t.Errorf("%d pings in 50 s", n)
 		}
 		ct.run(pingSpacing+2*latency, 20*ms, up(latency, "192.0.2.1:1"))

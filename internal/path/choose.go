@@ -26,10 +26,19 @@ const (
 	unansweredFor = 300 * time.Millisecond  // packets out and none in for so long: is the path still there?
 	answerMin     = 200 * time.Millisecond  // a pong of the best path is missed after twice its latency,
 	answerMax     = 1500 * time.Millisecond // within these bounds
+	lookLeast     = 100 * time.Millisecond  // between two looks
 	confirmedFor  = 900 * time.Millisecond  // the same after a pong: traffic one way only is watched less closely
 	doubtful      = 6                       // pongs missed in a row before another path replaces the best
+	silent        = 5                       // and before it does not count as working, see Status
+	moved         = 2                       // the same when the peer sends from that other path
 	dead          = 8                       // and before the best is none any more
+	deadHeard     = 14                      // the same while packets come from there
+	restunAt      = 2                       // and before our own addresses are asked for again
 	answeredLate  = trustFor                // how long a pong speaks for a path that was not chosen
+	quickRetry    = 400 * time.Millisecond  // addresses that do not answer at once are pinged again after this
+	quickRetries  = 2                       // so many times
+	quickMost     = 16                      // unless there are more of them than this
+	workedSpacing = 2 * time.Second         // between discovery pings to an address that answered before
 )
 
 // Bounds against hostile peers.
@@ -56,6 +65,7 @@ type candidate struct {
 	control bool          // control lists it
 	called  bool          // the last CallMeMaybe lists it
 	learned instant       // a ping came from here: keep until then
+	seen    instant       // when that, or a datagram of the peer, last came
 	pinged  instant       // our last ping
 	heard   [4]disco.TxID // the peer's last pings, which are answered once
 	next    int           // where the following one goes in heard
@@ -83,6 +93,7 @@ type ping struct {
 type todo struct {
 	pings []ping
 	call  bool // send a CallMeMaybe by relay
+	stale bool // our own addresses may have changed
 }
 
 // chooser decides over the direct path to one peer. It is a function of events
@@ -104,6 +115,9 @@ type chooser struct {
 	beat   instant // the next one
 	full   instant // last discovery
 	called instant // last CallMeMaybe of ours
+
+	retries int     // quick ones still to be made
+	retry   instant // the next one
 
 	forced allowance // pings for CallMeMaybes
 	back   allowance // pings for pings
@@ -139,7 +153,15 @@ func newChooser(now instant) chooser {
 }
 
 // hasDirect reports whether best is to be used exclusively.
-func (c *chooser) hasDirect(now instant) bool { return c.best.IsValid() && now <= c.trusted }
+func (c *chooser) hasDirect(now instant) bool {
+	return c.best.IsValid() && now <= c.trusted && c.alive.missed == 0
+}
+
+// works reports whether best counts as working: a few pongs that got lost do
+// not change that, while packets go by relay as well.
+func (c *chooser) works(now, lastHeard instant) bool {
+	return c.best.IsValid() && now <= c.trusted && (c.alive.missed < silent || now-lastHeard < unansweredFor)
+}
 
 // setEndpoints takes the list of endpoints that control gives. It reports
 // whether one of them is new.
@@ -173,6 +195,12 @@ func (c *chooser) callMeMaybe(list []netip.AddrPort, now instant, b *budget, out
 		}
 	}
 	c.prune(now)
+	if k := c.candidates[c.best]; k != nil && !k.called && !k.control {
+		c.alive.missed = max(c.alive.missed, 1) // it has gone elsewhere: both ways until best answers
+	}
+	if c.active {
+		c.check(now, out) // the peer searches: does it hear us?
+	}
 	if c.forced.take(now, forcedBurst, forcedEvery) {
 		c.ping(now, 0, b, out)
 	}
@@ -267,10 +295,11 @@ func (c *chooser) authenticated(from netip.AddrPort, now instant, b *budget, out
 
 // seen tries an address that the peer seems to use now.
 func (c *chooser) seen(from netip.AddrPort, k *candidate, added bool, now instant, b *budget, out *todo) {
+	k.seen = now
 	if !c.active || from == c.best || c.hasDirect(now) && !added || now-k.pinged < backEvery && k.ponged >= k.pinged {
 		return
 	}
-	if now-k.pinged < answerMin || !c.back.take(now, backBurst, backEvery) || !b.take(from.Addr(), now) {
+	if now-k.pinged < 5*time.Millisecond || !c.back.take(now, backBurst, backEvery) || !b.take(from.Addr(), now) {
 		return
 	}
 	c.pingOne(from, k, false, now, out)
@@ -295,7 +324,7 @@ func (c *chooser) pong(tx disco.TxID, now instant, out *todo) (pr probe, ok bool
 	case pr.to == c.best:
 	case !c.best.IsValid():
 		c.setBest(pr.to, now, "first pong")
-	case c.alive.missed >= doubtful:
+	case c.alive.missed >= doubtful || c.alive.missed >= moved && k.seen >= c.alive.began:
 		c.setBest(pr.to, now, c.best.String()+" is silent")
 	case better(route{pr.to, k.latency}, route{c.best, c.latency}):
 		c.setBest(pr.to, now, "better latency than "+c.best.String())
@@ -342,6 +371,7 @@ func (c *chooser) sent(now instant, b *budget, out *todo) {
 		c.active = true
 		c.beat = now + heartbeat
 		c.check(now, out)
+		c.retries, c.retry = quickRetries, now+quickRetry
 	}
 	c.watch(now)
 	if !c.hasDirect(now) {
@@ -362,11 +392,27 @@ func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 		return
 	}
 	if now-lastSent > sessionTimeout {
-		c.active = false
+		c.active, c.retries = false, 0
 		c.alive, c.size.asked = liveness{}, 0
 		return
 	}
+	missed := c.alive.missed
 	c.stayAlive(now, lastSent, lastHeard, out)
+	if missed < restunAt && c.alive.missed == restunAt {
+		out.stale = true
+		c.discover(now, b, out)
+		out.call = true // also when all have been pinged lately
+		c.called = now
+	}
+	if c.retries > 0 && now >= c.retry {
+		c.retries--
+		c.retry = now + 2*quickRetry
+		if c.hasDirect(now) || len(c.candidates) > quickMost {
+			c.retries = 0
+		} else {
+			c.ping(now, quickRetry*3/4, b, out)
+		}
+	}
 	if now < c.beat {
 		return
 	}
@@ -391,6 +437,9 @@ func (c *chooser) deadline() (at instant, ok bool) {
 	}
 	if c.active {
 		soon(c.beat)
+		if c.retries > 0 {
+			soon(c.retry)
+		}
 		if t, ok := c.nextLook(); ok {
 			soon(t)
 		}
@@ -410,7 +459,7 @@ func (c *chooser) deadline() (at instant, ok bool) {
 // to do the same.
 func (c *chooser) discover(now instant, b *budget, out *todo) {
 	c.full = now
-	n := c.ping(now, pingSpacing, b, out)
+	n := c.ping(now, -1, b, out)
 	// With no candidate at all the peer may still find us if it hears ours.
 	if n > 0 || len(c.candidates) == 0 && now-c.called >= pingSpacing {
 		out.call = true
@@ -425,19 +474,33 @@ func (c *chooser) nextDiscovery() instant {
 	}
 	at := instant(math.MaxInt64)
 	for _, k := range c.candidates {
-		at = min(at, k.pinged+pingSpacing)
+		at = min(at, k.pinged+k.spacing())
 	}
 	return at
 }
 
+// spacing is the time between discovery pings to an address.
+func (k *candidate) spacing() time.Duration {
+	if k.ponged != 0 {
+		return workedSpacing
+	}
+	return pingSpacing
+}
+
+// ping pings the candidates that have not been pinged for a while: that of the
+// protocol if it is negative.
 func (c *chooser) ping(now, spacing instant, b *budget, out *todo) (n int) {
 	for a, k := range c.candidates {
-		if spacing > 0 && now-k.pinged < spacing {
+		wait := spacing
+		if wait < 0 {
+			wait = k.spacing()
+		}
+		if wait > 0 && now-k.pinged < wait {
 			continue
 		}
 		if !b.take(a.Addr(), now) {
-			if spacing > 0 {
-				k.pinged = max(k.pinged, now-spacing+time.Second) // look again in a second
+			if wait > 0 {
+				k.pinged = max(k.pinged, now-wait+time.Second) // look again in a second
 			}
 			continue
 		}
@@ -496,7 +559,7 @@ func (c *chooser) networkChanged(now instant, keep func(netip.AddrPort) bool, b 
 	c.size = fullness{}
 	clear(c.pending)
 	for _, k := range c.candidates {
-		k.pinged, k.ponged = 0, 0
+		k.pinged, k.ponged = 0, min(k.ponged, 1)
 	}
 	c.called = 0
 	c.prune(now)
@@ -505,5 +568,6 @@ func (c *chooser) networkChanged(now instant, keep func(netip.AddrPort) bool, b 
 			c.check(now, out)
 		}
 		c.discover(now, b, out)
+		c.retries, c.retry = quickRetries, now+quickRetry
 	}
 }

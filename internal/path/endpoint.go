@@ -14,9 +14,10 @@ import (
 )
 
 const (
-	endpointsFresh = 27 * time.Second               // older ones are gathered again before a CallMeMaybe
-	regatherMin    = 20 * time.Second               // while peers are active
-	regatherMax    = 26 * time.Second               //
+	endpointsFresh = 27 * time.Second // older ones are gathered again before a CallMeMaybe
+	regatherMin    = 20 * time.Second // while peers are active
+	regatherMax    = 26 * time.Second //
+	doubtEvery     = 2 * time.Second
 	endpointMemory = 5*time.Minute + 10*time.Second // an address that STUN told stays advertised
 	maxEndpoints   = disco.MaxEndpoints
 	maxSeen        = 16 // addresses remembered from STUN
@@ -28,6 +29,8 @@ type endpoints struct {
 	types []wire.EndpointType
 	at    instant // when list was last confirmed by a settled round
 	next  instant // when something is due, 0 = nothing
+
+	doubted instant // what was gathered before may be wrong
 
 	want  bool   // a round is asked for
 	round *round // the current one, or the last
@@ -78,7 +81,19 @@ func (e *endpoints) forget() {
 	e.udpWorks, e.ip6Works, e.varies = nil, nil, nil
 }
 
-func (e *endpoints) fresh(now instant) bool { return e.at != 0 && now-e.at < endpointsFresh }
+func (e *endpoints) fresh(now instant) bool {
+	return e.at != 0 && now-e.at < endpointsFresh && e.at >= e.doubted
+}
+
+// doubtEndpointsLocked has the endpoints gathered anew: a path fell silent,
+// maybe since a NAT gave us another address.
+func (p *Path) doubtEndpointsLocked(now instant) {
+	if e := &p.ends; now-e.at > doubtEvery && now-e.doubted > doubtEvery {
+		e.doubted = now
+		p.gatherLocked(now)
+		p.poke()
+	}
+}
 
 // gatherLocked asks for a round unless one is running that has not settled.
 func (p *Path) gatherLocked(now instant) {

@@ -131,8 +131,12 @@ func (p *Path) settleLocked(pe *peer, now instant) {
 		pe.trusted.Store(0)
 		pe.direct.Store(nil)
 	}
-	pe.trusted.Store(int64(c.trusted))
-	pe.full.Store(int64(min(c.trusted, c.size.until)))
+	trusted := c.trusted
+	if c.alive.missed > 0 {
+		trusted = 0
+	}
+	pe.trusted.Store(int64(trusted))
+	pe.full.Store(int64(min(trusted, c.size.until)))
 	pe.proven.Store(c.size.proven)
 	pe.awake.Store(c.active && c.alive.watching)
 	pe.discover.Store(int64(c.nextDiscovery()))
@@ -223,11 +227,14 @@ func (p *Path) sendFailed(pe *peer, a netip.AddrPort, err error) {
 
 // perform sends what a chooser asked for. No lock is held.
 func (p *Path) perform(pe *peer, out *todo) {
-	if len(out.pings) == 0 && !out.call {
+	if len(out.pings) == 0 && !out.call && !out.stale {
 		return
 	}
 	p.mu.Lock()
 	to := pe.info.Disco
+	if out.stale {
+		p.doubtEndpointsLocked(p.now())
+	}
 	p.mu.Unlock()
 	if to.IsZero() {
 		return

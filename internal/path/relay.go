@@ -25,8 +25,8 @@ const (
 	backoffMax     = 5 * time.Second
 	// A relay to which packets go while nothing comes is asked whether it is
 	// there, and left when it does not say so in time.
-	relaySilent = 2 * time.Second
-	relayAnswer = 1500 * time.Millisecond
+	relaySilent = time.Second
+	relayAnswer = time.Second
 	// What is sent while a connection is being made waits for it, within
 	// these bounds: the first handshake must not be lost to the dial.
 	maxWaiting     = 64
@@ -320,7 +320,13 @@ func (s *relaySet) watch(now instant) (next instant) {
 		case used > heard && now-heard >= relaySilent:
 			s.askLocked(r, l)
 		}
-		next = now + relaySilent
+		look := now + relaySilent
+		if d := heard + relaySilent; used > heard && d > now+lookLeast {
+			look = d
+		}
+		if next == 0 || look < next {
+			next = look
+		}
 	}
 	return next
 }
@@ -335,6 +341,9 @@ func (s *relaySet) askLocked(r *relay, l *liveRelay) {
 		ctx, cancel := context.WithTimeout(r.ctx, relayAnswer)
 		defer cancel()
 		if _, err := l.conn.Ping(ctx); err != nil {
+			if r.live.Load() == l {
+				r.failing.Store(true) // do not wait for a dial to find out
+			}
 			l.conn.Close()
 			return
 		}

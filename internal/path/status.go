@@ -9,12 +9,12 @@ import (
 
 // PeerStatus tells how a peer is reached.
 type PeerStatus struct {
-	// Direct is the best UDP address; zero while only the relay is used. It is
-	// in use exclusively only while Trusted: otherwise packets go by relay too,
-	// and the path may be dead.
+	// Direct is the best UDP address; zero while only the relay is used. While
+	// it is not Trusted packets go by relay too, and the path may be dead.
 	Direct netip.AddrPort
-	// Trusted says that Direct is used exclusively: it answered lately and
-	// missed no ping since.
+	// Trusted says that Direct is the way: it answered lately and did not miss
+	// several pings since. After each that it missed packets go by relay as
+	// well until the next is answered.
 	Trusted bool
 	// TrustedUntil is when Trusted ends unless Direct answers again, zero when
 	// not Trusted.
@@ -53,7 +53,7 @@ func (p *Path) Status(key identity.NodePublic) PeerStatus {
 	c := &pe.ch
 	st := PeerStatus{
 		Direct:       c.best,
-		Trusted:      c.hasDirect(now),
+		Trusted:      c.works(now, instant(pe.heardUDP.Load())),
 		Region:       region,
 		Latency:      c.latency,
 		RelayLatency: c.relayed,
