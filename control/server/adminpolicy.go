@@ -16,16 +16,17 @@ func (s *Server) adminPolicy(*http.Request) (any, error) {
 	return admin.Policy{Version: p.Version, Text: p.Text, Author: p.Author, Created: p.Created}, nil
 }
 
-func (s *Server) adminPolicyBody(r *http.Request) (in admin.PolicySet, warnings []string, err error) {
+// adminPolicyBody reads a policy and says what is odd about it.
+func (s *Server) adminPolicyBody(r *http.Request) (in admin.PolicySet, parsed *policy.Policy, warnings []string, err error) {
 	if err := adminBody(r, &in); err != nil {
-		return in, nil, err
+		return in, nil, nil, err
 	}
 	if len(in.Text) > admin.MaxPolicy {
-		return in, nil, fmt.Errorf("%w: policy is longer than %d bytes", errInvalid, admin.MaxPolicy)
+		return in, nil, nil, fmt.Errorf("%w: policy is longer than %d bytes", errInvalid, admin.MaxPolicy)
 	}
-	parsed, err := policy.Parse([]byte(in.Text))
+	parsed, err = policy.Parse([]byte(in.Text))
 	if err != nil {
-		return in, nil, fmt.Errorf("%w: %w", ErrPolicy, err)
+		return in, nil, nil, fmt.Errorf("%w: %w", ErrPolicy, err)
 	}
 	s.mu.Lock()
 	known := make(map[string]bool, len(s.users))
@@ -36,11 +37,11 @@ func (s *Server) adminPolicyBody(r *http.Request) (in admin.PolicySet, warnings 
 	if err := parsed.Check(func(user string) bool { return known[user] }); err != nil {
 		warnings = strings.Split(err.Error(), "\n")
 	}
-	return in, warnings, nil
+	return in, parsed, warnings, nil
 }
 
 func (s *Server) adminSetPolicy(r *http.Request) (any, error) {
-	in, warnings, err := s.adminPolicyBody(r)
+	in, _, warnings, err := s.adminPolicyBody(r)
 	if err != nil {
 		return nil, err
 	}
@@ -58,8 +59,13 @@ func (s *Server) adminSetPolicy(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminCheckPolicy(r *http.Request) (any, error) {
-	_, warnings, err := s.adminPolicyBody(r)
+	_, parsed, warnings, err := s.adminPolicyBody(r)
 	if err != nil {
+		return nil, err
+	}
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	if _, err := s.tryPolicy(parsed); err != nil {
 		return nil, err
 	}
 	return admin.Policy{Warnings: warnings}, nil

@@ -306,3 +306,54 @@ func TestNodeExpiryOfKeys(t *testing.T) {
 		}
 	}
 }
+
+// What a policy says about nodes themselves reaches them; who is owner may do
+// what the policy lets owners do; and a policy whose own tests fail is refused.
+func TestPolicyOfNodes(t *testing.T) {
+	w := newWorld(t, nil)
+	w.user("olga") // the first one is owner
+	w.s.mu.Lock()
+	for id, u := range w.s.users {
+		if u.Role != store.RoleOwner {
+			t.Errorf("first user: %+v", w.s.users[id])
+		}
+	}
+	w.s.mu.Unlock()
+	bob := w.user("bob")
+	a := w.machine().join(w.key(store.Key{User: bob.ID}))
+	na := a.poll(nil)
+	if na.self.CapMap != nil {
+		t.Errorf("capabilities %v", na.self.CapMap)
+	}
+	const head = `{"tagOwners": {"tag:a": ["autogroup:owner"]}, "acls": [{"action": "accept", "src": ["bob@"], "dst": ["tag:a:80"]}],`
+	w.setPolicy(head + `"nodeAttrs": [{"target": ["bob@"], "attr": ["example.com/x"]}]}`)
+	na.until(t, "its attribute", func() bool { _, ok := na.self.CapMap["example.com/x"]; return ok })
+	if err := w.s.SetOwner(t.Context(), "test", "agent", "", []string{"tag:a"}); err != nil {
+		t.Fatal(err)
+	}
+	na.until(t, "no attribute", func() bool { return len(na.self.Tags) == 1 && na.self.CapMap == nil })
+
+	c := w.admin()
+	bad := head + `"tests": [{"src": "bob@", "accept": ["tag:a:443"]}]}`
+	_, err := w.s.SetPolicy(t.Context(), "test", bad, -1)
+	if !errors.Is(err, ErrPolicy) || !strings.Contains(err.Error(), "tests[0]") {
+		t.Errorf("a policy whose test fails: %v", err)
+	}
+	if _, err := c.CheckPolicy(t.Context(), bad); !errors.Is(err, admin.ErrInvalid) || !strings.Contains(err.Error(), "tests[0]") {
+		t.Errorf("check: %v", err)
+	}
+	if st := w.s.PolicyState(); st.Version != 1 {
+		t.Errorf("version %d in force", st.Version)
+	}
+	w.setPolicy(strings.Replace(bad, "443", "80", 1))
+
+	for name, want := range map[string]bool{"olga": true, "bob": false} {
+		w.s.mu.Lock()
+		u, _ := w.s.userByName(name)
+		got := w.s.policy.tagOwner(u, "tag:a")
+		w.s.mu.Unlock()
+		if got != want {
+			t.Errorf("%s may give tag:a: %v", name, got)
+		}
+	}
+}

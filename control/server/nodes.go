@@ -157,11 +157,29 @@ func (s *Server) ownerName(n *store.Node) string { return s.users[n.User].Name }
 // policyNode describes a node to the policy. Server.mu is held.
 // One whose key expired has no address in it, so that no filter lets it in.
 func (s *Server) policyNode(n *node) policy.Node {
-	p := policy.Node{ID: n.ID, User: s.ownerName(&n.Node), Tags: n.Tags}
+	owner := s.users[n.User]
+	p := policy.Node{ID: n.ID, User: owner.Name, Role: policyRole(owner.Role), Tags: n.Tags}
 	if !n.expired {
 		p.Addrs = []netip.Addr{n.IPv4, n.IPv6}
 	}
 	return p
+}
+
+// policyRole is a user's role as policies name it.
+func policyRole(role string) string {
+	if role == store.RoleOwner {
+		return "owner"
+	}
+	return ""
+}
+
+// policyUsers describes all users to the policy. Server.mu is held.
+func (s *Server) policyUsers() []policy.User {
+	users := make([]policy.User, 0, len(s.users))
+	for _, u := range s.users {
+		users = append(users, policy.User{Name: u.Name, Role: policyRole(u.Role)})
+	}
+	return users
 }
 
 func wireUser(n *store.Node) wire.UserID {
@@ -208,7 +226,17 @@ func (s *Server) selfNode(n *node) *wire.Node {
 	w.Machine = n.Machine
 	on := true
 	w.Online, w.LastSeen = &on, nil
+	w.CapMap = s.attributes(n.ID)
 	return &w
+}
+
+// attributes returns the node attributes that the policy gives a node; nil =
+// none. Server.mu is held.
+func (s *Server) attributes(id wire.NodeID) map[string][]json.RawMessage {
+	if attrs := s.policy.compiled.Attributes(id); len(attrs) > 0 {
+		return attrs
+	}
+	return nil
 }
 
 // refresh gives n a new view if what peers see of it has changed, and reports

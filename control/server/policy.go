@@ -27,8 +27,8 @@ type policyState struct {
 	compiled *policy.Compiled
 }
 
-func (p *policyState) tagOwner(user, tag string) bool {
-	return p.parsed != nil && user != "" && p.parsed.TagOwner(user, tag)
+func (p *policyState) tagOwner(u store.User, tag string) bool {
+	return p.parsed != nil && u.Name != "" && p.parsed.OwnsTag(policy.User{Name: u.Name, Role: policyRole(u.Role)}, tag)
 }
 
 // PolicyState returns which policy is in force.
@@ -68,7 +68,7 @@ func (s *Server) policyNodes() []policy.Node {
 }
 
 // SetPolicy checks a policy, stores it as the next version and brings it in
-// force: every node hears what changes for it, and nothing else. expect is the
+// force if its own tests hold: every node hears what changes for it, and nothing else. expect is the
 // version it replaces, or -1 for any; store.ErrConflict says that there is a
 // newer one. Errors of the policy itself match ErrPolicy.
 func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (PolicyState, error) {
@@ -78,15 +78,14 @@ func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (
 	}
 	s.opMu.Lock()
 	defer s.opMu.Unlock()
+	compiled, err := s.tryPolicy(parsed)
+	if err != nil {
+		return PolicyState{}, err
+	}
 	p, err := s.store.SetPolicy(context.WithoutCancel(ctx), by, text, expect, s.cfg.Now())
 	if err != nil {
 		return PolicyState{}, err
 	}
-	s.mu.Lock()
-	nodes := s.policyNodes()
-	s.mu.Unlock()
-	// Nodes come, go and change owner under opMu only: the list stays true.
-	compiled := policy.Compile(parsed, nodes)
 	s.mu.Lock()
 	s.policy = policyState{Policy: p, parsed: parsed, compiled: compiled}
 	s.renewProfiles()
@@ -98,6 +97,24 @@ func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (
 	}
 	s.mu.Unlock()
 	return s.PolicyState(), nil
+}
+
+// tryPolicy compiles a policy for the nodes that there are and runs its own
+// tests. Nodes come, go, expire and change owner under opMu only: as long as
+// that is held the result stays true.
+func (s *Server) tryPolicy(p *policy.Policy) (*policy.Compiled, error) {
+	s.mu.Lock()
+	nodes, users := s.policyNodes(), s.policyUsers()
+	s.mu.Unlock()
+	compiled := policy.Compile(p, nodes)
+	var errs []error
+	for _, f := range compiled.Test(users) {
+		errs = append(errs, f)
+	}
+	if len(errs) > 0 {
+		return nil, fmt.Errorf("%w: %w", ErrPolicy, errors.Join(errs...))
+	}
+	return compiled, nil
 }
 
 // ErrPolicy reports a policy that cannot be accepted; the error around it says

@@ -413,7 +413,7 @@ func (s *Server) grantTags(asked []string, key store.Key) ([]string, error) {
 		return key.Tags, nil
 	}
 	for _, t := range asked {
-		if !s.policy.tagOwner(s.users[key.User].Name, t) {
+		if !s.policy.tagOwner(s.users[key.User], t) {
 			return nil, fmt.Errorf("%w: %q", wire.ErrTagNotAllowed, clip(t))
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"reflect"
 	"slices"
 	"time"
 
@@ -22,7 +23,8 @@ type stream struct {
 	// Owned by the goroutine of the poll.
 	sent     map[wire.NodeID]*view // peers as the node knows them
 	profiles map[wire.UserID]*wire.UserProfile
-	filter   [sha256.Size]byte // of the rules as encoded
+	caps     map[string][]json.RawMessage // of the node itself
+	filter   [sha256.Size]byte            // of the rules as encoded
 	policy   int64
 	spoke    time.Time // when the last message left
 }
@@ -160,8 +162,9 @@ func (s *Server) collect(st *stream) (n news) {
 			st.profiles[id] = p
 		}
 	}
-	if p.self {
+	if p.self || p.all && !reflect.DeepEqual(st.caps, s.attributes(st.id)) {
 		n.self = s.selfNode(me)
+		st.caps = n.self.CapMap
 		user(n.self.User)
 	}
 	if p.derp {
@@ -223,18 +226,24 @@ func (s *Server) collect(st *stream) (n news) {
 		}
 	}
 	slices.Sort(n.removed)
+	if len(n.profiles) > 0 && n.self == nil {
+		// Stock clients take profiles into their status only when they rebuild
+		// their view, and the self node makes them do so.
+		n.self = s.selfNode(me)
+	}
 	return n
 }
 
 // messages encodes news for a stream. What makes stock clients rebuild their
-// whole view travels apart from the rest. It runs without the lock.
+// whole view travels apart from the rest, unless there are profiles: those
+// belong to the rebuilding. It runs without the lock.
 func (st *stream) messages(n news) (out []*response, err error) {
-	if n.self != nil || n.derp != nil {
-		m := new(response)
-		m.Node, m.DERPMap = n.self, n.derp
-		out = append(out, m)
-	}
 	m := new(response)
+	m.Node, m.DERPMap = n.self, n.derp
+	if (n.self != nil || n.derp != nil) && len(n.profiles) == 0 {
+		out = append(out, m)
+		m = new(response)
+	}
 	for _, v := range n.whole {
 		m.PeersChanged = append(m.PeersChanged, v.encoded())
 	}
