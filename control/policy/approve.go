@@ -31,9 +31,11 @@ func (r *reader) readApprovers(m member) {
 		case "exitNode":
 			r.approvers = append(r.approvers, approver{who: r.approving(m)})
 		case "services":
-			r.unsupported(m.nameAt, "member %q", m.name)
+			if !isEmpty(m.value) {
+				r.unsupported(m.nameAt, "member %q", m.name)
+			}
 		default:
-			r.unknown(m, []string{"routes", "exitNode"}, []string{"services"})
+			r.unknown(m, []string{"routes", "exitNode"})
 		}
 	}
 }

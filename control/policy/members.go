@@ -3,7 +3,6 @@ package policy
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/tailscale/hujson"
@@ -56,13 +55,9 @@ func (r *reader) text(v hujson.Value, what string) (string, bool) {
 	return l.String(), true
 }
 
-// unknown complains about a member that is not handled.
-func (r *reader) unknown(m member, known, unsupported []string) {
-	if slices.Contains(unsupported, m.name) {
-		r.unsupported(m.nameAt, "member %q", m.name)
-		return
-	}
-	r.fail(m.nameAt, r.nearest(m.name, append(slices.Clone(known), unsupported...)), "unknown member %q", m.name)
+// unknown complains about a member that is not in the language.
+func (r *reader) unknown(m member, known []string) {
+	r.fail(m.nameAt, r.nearest(m.name, known), "unknown member %q", m.name)
 }
 
 // names reads an object whose member names begin with prefix.
@@ -84,6 +79,9 @@ func (r *reader) names(top map[string]member, name, prefix string) []member {
 			continue
 		case !isName(rest):
 			r.fail(m.nameAt, "use letters, digits, '-', '_' and '.'", "malformed name %q", m.name)
+			continue
+		case prefix == "tag:" && !isLetter(rest[0]):
+			r.fail(m.nameAt, "begin it with a letter", "malformed name %q", m.name)
 			continue
 		}
 		out = append(out, m)
@@ -135,3 +133,5 @@ func (r *reader) readGroup(m member) {
 		r.groups[m.name] = append(r.groups[m.name], userRef(sel.name))
 	}
 }
+
+func isLetter(c byte) bool { return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' }

@@ -84,7 +84,7 @@ func (r *reader) read(root hujson.Value) {
 	top := make(map[string]member)
 	for _, m := range r.members(root, "policy") {
 		if !slices.Contains(knownMembers, m.name) {
-			r.unknown(m, knownMembers, nil)
+			r.unknown(m, knownMembers)
 			continue
 		}
 		top[m.name] = m

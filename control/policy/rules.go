@@ -11,10 +11,12 @@ import (
 
 // Members of access rules.
 var (
-	aclMembers             = []string{"action", "src", "dst", "proto", "srcPosture"}
-	grantMembers           = []string{"src", "dst", "ip", "app", "via", "srcPosture"}
-	unsupportedRuleMembers = []string{"users", "ports"}
+	aclMembers   = []string{"action", "src", "dst", "proto", "srcPosture"}
+	grantMembers = []string{"src", "dst", "ip", "app", "via", "srcPosture"}
 )
+
+// oldMembers are former names in "acls".
+var oldMembers = map[string]string{"users": "src", "ports": "dst"}
 
 // entry reads the members of one entry of "acls" or "grants", of which it must
 // have those needed.
@@ -26,8 +28,14 @@ func (r *reader) entry(v hujson.Value, name string, known []string, needed ...st
 	}
 	got := make(map[string]member)
 	for _, m := range r.members(v, name) {
+		if old, ok := oldMembers[m.name]; ok && slices.Contains(known, "action") {
+			m.name = old
+			if _, ok := got[old]; ok {
+				r.fail(m.nameAt, "", "duplicate member %q", old)
+			}
+		}
 		if !slices.Contains(known, m.name) {
-			r.unknown(m, known, unsupportedRuleMembers)
+			r.unknown(m, known)
 			continue
 		}
 		got[m.name] = m
@@ -278,7 +286,7 @@ func (r *reader) addGrant(o origin, g grant) {
 	r.access = append(r.access, a)
 	for _, c := range companions {
 		if _, ok := g.app[c.name]; ok {
-			r.addCompanion(id, g, c.brings)
+			r.addCompanion(id, g.srcs, dsts, c.brings)
 		}
 	}
 }
@@ -306,16 +314,16 @@ func viaDests(dsts []*selector, via []string) []*selector {
 
 // addCompanion gives the sources of a grant the capability that theirs needs
 // there: who may read the files of others must be able to offer some.
-func (r *reader) addCompanion(o ruleOrigin, g grant, name string) {
+func (r *reader) addCompanion(o ruleOrigin, srcs, dsts []*selector, name string) {
 	app := map[string][]json.RawMessage{name: nil}
 	back := access{origin: o, app: app, companion: true}
-	for _, s := range g.srcs {
+	for _, s := range srcs {
 		back.dsts = append(back.dsts, dest{sel: s})
 	}
-	for _, d := range g.dsts {
+	for _, d := range dsts {
 		switch d.kind {
 		case kindSelf:
-			r.access = append(r.access, access{origin: o, srcs: g.srcs, dsts: []dest{{sel: d}}, app: app, companion: true})
+			r.access = append(r.access, access{origin: o, srcs: srcs, dsts: []dest{{sel: d}}, app: app, companion: true})
 		case kindInternet:
 		default:
 			back.srcs = append(back.srcs, d)
