@@ -192,14 +192,14 @@ func echoOver(c net.Conn, size int64) (string, error) {
 	return sum, <-sent
 }
 
-func (a *agent) datagram(addr, text string) (string, error) {
+func (a *agent) datagram(addr, text string, tries int) (string, error) {
 	c, err := a.Dial(a.t.Context(), "udp", addr)
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
 	buf := make([]byte, 65536)
-	for range 20 {
+	for range tries {
 		if _, err := c.Write([]byte(text)); err != nil {
 			return "", err
 		}

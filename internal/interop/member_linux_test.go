@@ -20,7 +20,7 @@ type member interface {
 	pathTo(other member) string
 	fetch(url string, post int64) (httpResult, error)
 	echo(addr string, size int64) (sum string, err error)
-	datagram(addr, text string) (answer string, err error)
+	datagram(addr, text string, tries int) (answer string, err error) // one try each half second
 }
 
 // until waits until ok returns true, asking less often than meshtest.Until:
@@ -83,7 +83,7 @@ func talk(t testing.TB, from, to member, six bool) {
 	if sum, err := from.echo(port(to, six, 7), size); err != nil || sum != sumOf(size) {
 		t.Errorf("%s: TCP echo: sum %s, %v", where, sum, err)
 	}
-	if got, err := from.datagram(port(to, six, 7), where); err != nil || got != where {
+	if got, err := from.datagram(port(to, six, 7), where, 20); err != nil || got != where {
 		t.Errorf("%s: UDP echo: %q, %v", where, got, err)
 	}
 }

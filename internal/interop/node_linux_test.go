@@ -183,8 +183,8 @@ func (n *stockNode) echo(addr string, size int64) (sum string, err error) {
 }
 
 // datagram sends a datagram until an answer comes.
-func (n *stockNode) datagram(addr, text string) (answer string, err error) {
-	err = n.try("udp", map[string]any{"Addr": addr, "Text": text}, &answer)
+func (n *stockNode) datagram(addr, text string, tries int) (answer string, err error) {
+	err = n.try("udp", map[string]any{"Addr": addr, "Text": text, "Tries": tries}, &answer)
 	return answer, err
 }
 

@@ -1,6 +1,7 @@
 package stock
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -71,8 +72,9 @@ func (l *limited) Write(p []byte) (int, error) {
 }
 
 type udpArgs struct {
-	Addr string
-	Text string
+	Addr  string
+	Text  string
+	Tries int // half seconds to wait for an answer; 0 = 20
 }
 
 // udp sends a datagram until an answer comes, and returns it.
@@ -83,7 +85,7 @@ func (n *node) udp(ctx context.Context, a udpArgs) (any, error) {
 	}
 	defer c.Close()
 	buf := make([]byte, 65536)
-	for range 20 {
+	for range cmp.Or(a.Tries, 20) {
 		if _, err := c.Write([]byte(a.Text)); err != nil {
 			return nil, err
 		}
