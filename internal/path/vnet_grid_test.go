@@ -83,16 +83,16 @@ func punch(t *testing.T, w *world, ha, hb *vnet.Host, start string, limit time.D
 	time.Sleep(time.Second) // control tells
 	began := time.Now()
 	for d := time.Duration(0); d < limit && !bothDirect(a, b); d = time.Since(began) {
-		if start != "b first" || d >= headStart {
+		if d%every == 0 && (start != "b first" || d >= headStart) {
 			a.say(b, dataLen)
 		}
-		if start != "a first" || d >= headStart {
+		if d%every == 0 && (start != "a first" || d >= headStart) {
 			b.say(a, dataLen)
 		}
-		time.Sleep(every)
+		time.Sleep(every / 8)
 	}
 	o.toDirect = time.Since(began)
-	talk(a, b, 4*time.Second) // it stays so
+	talk(a, b, 2*time.Second) // it stays so
 	o.direct = bothDirect(a, b)
 	o.how = how(a, b)
 	fa, _, _ := a.heardFrom(b)
@@ -138,6 +138,10 @@ func TestVnetGrid(t *testing.T) {
 		for _, kb := range kinds[i:] {
 			t.Run(ka.name+" "+kb.name, func(t *testing.T) {
 				var text []string
+				starts := starts
+				if raceDetector {
+					starts = starts[len(cells)%3:][:1]
+				}
 				for _, start := range starts {
 					var times []time.Duration
 					relayed := 0
@@ -208,7 +212,7 @@ func TestVnetPairs(t *testing.T) {
 			return c.NAT(home).Host(), c.NAT(home).Host()
 		}
 	}
-	for _, c := range []struct {
+	for nr, c := range []struct {
 		name   string
 		places places
 		want   string
@@ -234,7 +238,10 @@ func TestVnetPairs(t *testing.T) {
 		}, "direct", "[2001:"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			for _, start := range starts {
+			for k, start := range starts {
+				if raceDetector && k != nr%3 {
+					continue
+				}
 				inWorld(t, 1, func(t *testing.T, w *world) {
 					a, b := c.places(w.n)
 					o := punch(t, w, a, b, start, 6*time.Second)

@@ -382,7 +382,7 @@ func (a *agent) say(to *agent, size int) {
 }
 
 // every is how often agents that talk send.
-const every = 20 * time.Millisecond
+const every = 40 * time.Millisecond
 
 // talk lets agents send to each other for a while.
 func talk(a, b *agent, d time.Duration) { talkUntil(a, b, d, dataLen, func() bool { return false }) }
