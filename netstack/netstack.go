@@ -357,7 +357,8 @@ func (s *Stack) Close() error {
 		c.fail(net.ErrClosed)
 	}
 	for _, u := range udps {
-		u.Close()
+		u.abort(net.ErrClosed) // but one that Abort ended before keeps its reason
+		s.untrack(func() { delete(s.flows, u.flow) })
 	}
 	for _, p := range packets {
 		p.Close()

@@ -274,3 +274,98 @@ func TestAbortClosedWithData(t *testing.T) {
 		t.Errorf("read on the other side: %v", err)
 	}
 }
+
+// AbortFlow ends one flow, at any stage, and no other.
+func TestAbortFlow(t *testing.T) {
+	a, b, _ := newPair(t, Config{})
+	for _, addr := range []netip.Addr{b4, b6} {
+		ca, cb := connect(t, a, b, addr)
+		other, _ := connect(t, a, b, addr)
+		u, err := a.DialUDP(netip.Addr{}, netip.AddrPortFrom(addr, 9))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer u.Close()
+		for name, c := range map[string]interface {
+			Flow() Flow
+			Read([]byte) (int, error)
+			Write([]byte) (int, error)
+		}{"tcp": ca, "udp": u} {
+			reading := make(chan error, 1)
+			go func() {
+				_, err := c.Read(make([]byte, 1))
+				reading <- err
+			}()
+			if !a.AbortFlow(c.Flow(), errDenied) {
+				t.Errorf("%s: no such flow", name)
+			}
+			if err := <-reading; !errors.Is(err, errDenied) {
+				t.Errorf("%s read: %v", name, err)
+			}
+			if _, err := c.Write([]byte("x")); !errors.Is(err, errDenied) {
+				t.Errorf("%s write: %v", name, err)
+			}
+			if a.AbortFlow(c.Flow(), io.EOF) {
+				t.Errorf("%s: ended twice", name)
+			}
+		}
+		if _, err := cb.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the other end: %v", err)
+		}
+		if _, err := other.Write([]byte("x")); err != nil {
+			t.Errorf("another connection: %v", err)
+		}
+		for _, f := range []Flow{{}, {Proto: TCP}, {Proto: 99, Local: ca.Flow().Local, Remote: ca.Flow().Remote}, {Proto: TCP, Local: ca.Flow().Local, Remote: netip.AddrPortFrom(addr, 1)}} {
+			if a.AbortFlow(f, errDenied) {
+				t.Errorf("%v: something ended", f)
+			}
+		}
+	}
+	// A dial under way.
+	a2, _, w := newPair(t, Config{})
+	w.setFilter(func(toB bool, packets [][]byte) [][]byte {
+		if toB && !a2.AbortFlow(flowIn(packets[0]), errDenied) {
+			t.Error("no such dial")
+		}
+		return nil
+	})
+	if _, err := a2.DialTCP(dialCtx(t), netip.Addr{}, netip.AddrPortFrom(b4, 1)); !errors.Is(err, errDenied) {
+		t.Errorf("dial: %v", err)
+	}
+}
+
+// A listener is no flow, whatever it is asked for.
+func TestAbortFlowSparesListeners(t *testing.T) {
+	_, b, _ := newPair(t, Config{})
+	l := listen(t, b, "tcp", netip.AddrPortFrom(b4, 80))
+	if b.AbortFlow(Flow{Proto: TCP, Local: netip.AddrPortFrom(b4, 80), Remote: netip.AddrPortFrom(a4, 1)}, errDenied) {
+		t.Error("something ended")
+	}
+	l.SetDeadline(time.Now())
+	if _, err := l.Accept(); errors.Is(err, errDenied) {
+		t.Error("the listener ended")
+	}
+}
+
+// Close keeps the reason of what was aborted before it.
+func TestCloseKeepsTheReason(t *testing.T) {
+	a, b, _ := newPair(t, Config{})
+	ca, _ := connect(t, a, b, b4)
+	u, err := a.DialUDP(netip.Addr{}, netip.AddrPortFrom(b4, 9))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Abort(func(Flow) bool { return true }, errDenied)
+	a.Close()
+	for _, c := range []net.Conn{ca, u} {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, errDenied) {
+			t.Errorf("read: %v", err)
+		}
+		if err := c.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("read after close: %v", err)
+		}
+	}
+}
