@@ -33,8 +33,11 @@ const (
 // Only the mesh is ever dialled: a name or address that no visible peer has is
 // ErrUnknownHost. A refusal by the peer's policy is ErrDenied; for "udp" it
 // comes from a later Read or Write. A port that nobody listens on is
-// syscall.ECONNREFUSED, a peer that is away ErrPeerOffline. The connection is
-// a *Conn.
+// syscall.ECONNREFUSED, a peer that is away ErrPeerOffline, one whose key has
+// expired ErrRevoked. The connection is a *Conn; when the permission for it is
+// withdrawn Read and Write fail with ErrRevoked, at both ends.
+//
+// A node that waits for a person to log in fails at once with ErrNeedsLogin.
 func (n *Node) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	c, err := n.dial(ctx, network, addr)
 	if err != nil {
@@ -69,7 +72,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 		ctx, cancel = context.WithTimeout(ctx, dialTimeout)
 		defer cancel()
 	}
-	s, err := n.running(ctx)
+	s, err := n.running(ctx, (*session.Session).Wait)
 	if err != nil {
 		return nil, err
 	}
@@ -81,6 +84,9 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 	id := m.SelfIdentity()
 	if peer != nil {
 		id = m.Identity(peer)
+		if peer.Expired {
+			return nil, &RevokedError{Peer: id, Reason: "its key expired"}
+		}
 	}
 	remote := netip.AddrPortFrom(addrs, port)
 	if proto == "udp" {

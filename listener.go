@@ -28,7 +28,8 @@ type Conn struct {
 
 // Peer returns the proven identity of the other end, as it was when the
 // connection was made. For an accepted connection it names the rule that
-// admitted it.
+// admitted it; the connection ends with ErrRevoked when that rule goes or the
+// peer is no longer who it was.
 func (c *Conn) Peer() identity.Peer { return c.peer }
 
 // CloseWrite ends the outgoing half of a TCP connection; the peer reads EOF.
@@ -77,7 +78,8 @@ func (n *Node) listen(network, addr string) (net.Listener, error) {
 
 // ListenPacket announces for datagrams on this node's mesh addresses. network
 // is "udp", "udp4" or "udp6". The addresses that ReadFrom returns are *Addr
-// with the sender's identity.
+// with the sender's identity. Datagrams of senders whose permission was
+// withdrawn are dropped, and so are answers to them; Status counts both.
 func (n *Node) ListenPacket(network, addr string) (net.PacketConn, error) {
 	s, local, err := n.bind("udp", network, addr)
 	if err == nil {
@@ -101,7 +103,7 @@ func (n *Node) bind(want, network, addr string) (*session.Session, netip.AddrPor
 		return nil, netip.AddrPort{}, err
 	}
 	// A node that comes up does so in bounded time, and says what keeps it.
-	s, err := n.running(context.Background())
+	s, err := n.running(context.Background(), (*session.Session).WaitStack)
 	if err != nil {
 		return nil, netip.AddrPort{}, err
 	}
@@ -166,6 +168,7 @@ func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 		if peer, ok := c.sender(from); ok {
 			return n, &Addr{AddrPort: from, Peer: peer}, nil
 		}
+		c.s.CountLate()
 	}
 }
 
@@ -180,6 +183,7 @@ func (c *packetConn) ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error) 
 		if _, ok := c.sender(from); ok {
 			return n, from, nil
 		}
+		c.s.CountLate()
 	}
 }
 

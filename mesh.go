@@ -43,7 +43,8 @@ import (
 
 // Errors to branch on with errors.Is. Each comes wrapped in one that says more.
 var (
-	// ErrDenied: a peer's policy refused. errors.As with *DeniedError tells who.
+	// ErrDenied: a peer's policy refused. errors.As with *DeniedError tells who,
+	// and by which version of the policy.
 	ErrDenied = engine.ErrDenied
 	// ErrUnknownHost: no peer that this node may see has that name or address.
 	ErrUnknownHost = errors.New("unknown host")
@@ -51,10 +52,12 @@ var (
 	ErrPeerOffline = errors.New("peer is offline")
 	// ErrNeedsLogin: a person must log in; *NeedsLoginError may have the URL.
 	ErrNeedsLogin = wire.ErrNeedsLogin
-	// ErrKeyExpired: the node's key has expired and there is no auth key.
+	// ErrKeyExpired: the node's key has expired and no auth key renews it. If a
+	// person can, the error is a *NeedsLoginError, too.
 	ErrKeyExpired = wire.ErrNodeKeyExpired
-	// ErrRevoked: access was withdrawn while it was in use, or this node was
-	// removed from the mesh.
+	// ErrRevoked: access was withdrawn while it was in use, at either end; a
+	// peer's key has expired; or this node was removed from the mesh.
+	// errors.As with *RevokedError tells by which version of the policy.
 	ErrRevoked = engine.ErrRevoked
 	// ErrCloned: another copy of this node's identity runs; the newer one stays.
 	ErrCloned = wire.ErrCloned
@@ -68,8 +71,8 @@ var (
 // DeniedError is the refusal of a peer. It matches ErrDenied.
 type DeniedError = engine.DeniedError
 
-// RevokedError ends connections that are no longer allowed. It matches
-// ErrRevoked.
+// RevokedError ends connections that are no longer allowed: TCP at both ends and
+// connected UDP. It matches ErrRevoked.
 type RevokedError = engine.RevokedError
 
 // NeedsLoginError says where a person must log in. It matches ErrNeedsLogin.
@@ -211,8 +214,9 @@ func dirName(hostname string) string {
 	return name
 }
 
-// running returns the node's session, started and up. ctx bounds only the wait.
-func (n *Node) running(ctx context.Context) (*session.Session, error) {
+// running returns the node's session, started and as far as wait, a Wait method
+// of it, waits. ctx bounds only the wait.
+func (n *Node) running(ctx context.Context, wait func(*session.Session, context.Context) error) (*session.Session, error) {
 	n.mu.Lock()
 	if n.closed {
 		n.mu.Unlock()
@@ -230,7 +234,7 @@ func (n *Node) running(ctx context.Context) (*session.Session, error) {
 	}
 	n.mu.Unlock()
 
-	err := s.Wait(ctx)
+	err := wait(s, ctx)
 	if err == nil {
 		return s, nil
 	}
@@ -255,8 +259,23 @@ func (n *Node) running(ctx context.Context) (*session.Session, error) {
 // Nodes that are up already hear of it within moments: until then a dial of
 // theirs is ErrUnknownHost.
 // It fails at once if the node cannot enrol: the error says why and what to do.
+//
+// A node without a valid identity and without an auth key needs a person: Up
+// then returns a *NeedsLoginError with the URL to visit, at once, and the node
+// goes on waiting in the background. Call Up again to wait for that:
+//
+//	st, err := n.Up(ctx)
+//	var login *mesh.NeedsLoginError
+//	for errors.As(err, &login) && ctx.Err() == nil {
+//		fmt.Println("to let this node in visit", login.URL)
+//		st, err = n.Up(ctx)
+//	}
+//
+// Status has the URL meanwhile. The same happens when the key of a node expires
+// that is up, unless an auth key renews it: its connections end, its listeners,
+// name and addresses stay.
 func (n *Node) Up(ctx context.Context) (*Status, error) {
-	if _, err := n.running(ctx); err != nil {
+	if _, err := n.running(ctx, (*session.Session).WaitLogin); err != nil {
 		return nil, fmt.Errorf("mesh: %w", err)
 	}
 	return n.Status(), nil

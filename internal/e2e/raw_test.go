@@ -130,6 +130,8 @@ func (l rawLink) Reject(_ uint8, _, _ netip.AddrPort, err error) bool {
 	return true
 }
 
+func (l rawLink) AbortFlow(uint8, netip.AddrPort, netip.AddrPort, error) bool { return false }
+
 func (l rawLink) Abort(func(uint8, netip.AddrPort, netip.AddrPort) bool, error) int { return 0 }
 
 func (r *rawNode) seen() (packets [][]byte, refused []error) {

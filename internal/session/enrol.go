@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"time"
 
@@ -25,6 +26,10 @@ type enrolment struct {
 	state  identity.State
 	client *control.Client
 	server registrar // client, but in tests
+
+	asked   wire.RegisterRequest // last, by register
+	before  identity.State       // when register began
+	expired error                // by which register heard that the key has expired, nil if it has not
 }
 
 type registrar interface {
@@ -48,13 +53,17 @@ func (e *enrolment) hostinfo() *wire.Hostinfo {
 
 // register makes the control server accept the node's key. A saved identity
 // goes first; the auth key is used where that is expired or unknown, if need be
-// with a new node key, which mayRekey permits.
+// with a new node key, which mayRekey permits. Where a person has to log in the
+// error is a *control.NeedsLoginError, and awaitLogin goes on from there.
+//
+// When the node's key has expired and is not renewed, the error says so too.
 func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
-	useKey := e.cfg.AuthKey != "" && !e.state.Enrolled
+	hasKey := e.cfg.AuthKey != ""
+	useKey := hasKey && !e.state.Enrolled
+	e.before, e.expired = e.state, nil
 	old := identity.NodePublic{}
-	before := e.state
 	for try := 0; ; try++ {
-		req := wire.RegisterRequest{
+		e.asked = wire.RegisterRequest{
 			Version:    wire.CapabilityVersion,
 			NodeKey:    e.state.Node.Public(),
 			OldNodeKey: old,
@@ -62,35 +71,29 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 			Ephemeral:  e.cfg.Ephemeral,
 		}
 		if useKey {
-			req.Auth = &wire.RegisterAuth{AuthKey: e.cfg.AuthKey}
+			e.asked.Auth = &wire.RegisterAuth{AuthKey: e.cfg.AuthKey}
 		}
-		_, err := e.server.Register(ctx, req)
+		_, err := e.server.Register(ctx, e.asked)
 		if err == nil {
-			if !e.state.Enrolled {
-				e.state.Enrolled = true
-				return e.state.Save(e.store)
-			}
-			return nil
-		}
-		if e.state.Node != before.Node && !worthRetry(err) && ctx.Err() == nil {
-			// Refused with the new key as well: keep the old one, which an
-			// administrator may make good again.
-			e.state = before
-			return errors.Join(err, e.state.Save(e.store))
-		}
-		if try > 0 || e.cfg.AuthKey == "" {
-			return err
+			return e.accepted()
 		}
 		var login *control.NeedsLoginError
+		needsLogin := errors.As(err, &login)
+		if try > 0 {
+			if needsLogin || worthRetry(err) || ctx.Err() != nil {
+				return e.because(err)
+			}
+			return e.refused(err)
+		}
 		var refused *control.RefusedError
 		foreign := errors.As(err, &refused) && refused.Code == ""
 		switch {
 		case errors.Is(err, wire.ErrNodeKeyExpired):
 			// The same node with a new key.
-			old = e.state.Node.Public()
-		case errors.Is(err, wire.ErrNodeRevoked), errors.Is(err, wire.ErrMachineMismatch):
+			old, e.expired = e.state.Node.Public(), err
+		case hasKey && (errors.Is(err, wire.ErrNodeRevoked) || errors.Is(err, wire.ErrMachineMismatch)):
 			// A new node: the old identity is of no more use.
-		case !useKey && (errors.Is(err, wire.ErrNodeUnknown) || errors.Is(err, wire.ErrNeedsLogin) || errors.As(err, &login) || foreign):
+		case hasKey && !useKey && (errors.Is(err, wire.ErrNodeUnknown) || errors.Is(err, wire.ErrNeedsLogin) || needsLogin || foreign):
 			// Or a server that has no codes, and may want the key each time.
 			useKey = true
 			continue
@@ -100,13 +103,44 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 		if !mayRekey {
 			return err
 		}
-		e.log.Info("saved identity is no longer good, enrolling anew with the auth key", zap.Error(err))
+		e.log.Info("saved identity is no longer good, enrolling anew", zap.Error(err))
 		e.state.Node, e.state.Enrolled = identity.NewNode(), false
 		if err := e.state.Save(e.store); err != nil {
 			return err
 		}
-		useKey = true
+		useKey = hasKey
 	}
+}
+
+// accepted notes that the control server took the node.
+func (e *enrolment) accepted() error {
+	if e.state.Enrolled {
+		return nil
+	}
+	e.state.Enrolled = true
+	return e.state.Save(e.store)
+}
+
+// refused notes that the control server does not take the node. If it has a new
+// key, the old one comes back: an administrator may make that good again.
+func (e *enrolment) refused(err error) error {
+	err = e.because(err)
+	if e.state.Node == e.before.Node {
+		return err
+	}
+	e.state = e.before
+	if serr := e.state.Save(e.store); serr != nil {
+		return errors.Join(err, serr)
+	}
+	return err
+}
+
+// because adds to a failure that it was met with when the key had expired.
+func (e *enrolment) because(err error) error {
+	if e.expired == nil || errors.Is(err, wire.ErrNodeKeyExpired) {
+		return err
+	}
+	return fmt.Errorf("%w; %w", wire.ErrNodeKeyExpired, err)
 }
 
 // logout tells the control server that an ephemeral node leaves.

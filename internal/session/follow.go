@@ -33,11 +33,9 @@ const mapTimeout = 60 * time.Second
 // drainTimeout bounds how long the resets of a node that leaves may take.
 const drainTimeout = 200 * time.Millisecond
 
-// follow runs the data plane and keeps it in step with the control server.
+// follow enrols the node and runs its data plane, with another key after each
+// that expires.
 func (s *Session) follow(e *enrolment) (err error) {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-
 	saved, err := e.savedMap()
 	if err != nil {
 		return err
@@ -50,6 +48,7 @@ func (s *Session) follow(e *enrolment) (err error) {
 	}
 	trouble := e.register(ctx, true)
 	cancel()
+	trouble = s.passLogin(e, trouble)
 	if trouble != nil {
 		if s.ctx.Err() != nil {
 			return context.Cause(s.ctx)
@@ -60,12 +59,34 @@ func (s *Session) follow(e *enrolment) (err error) {
 		s.setTrouble(trouble)
 	}
 
-	if err := s.startDataPlane(e); err != nil {
+	if err := s.startStack(); err != nil {
 		return err
 	}
 	defer s.stopDataPlane(e, &err)
+	for {
+		err := s.serve(e, saved, trouble)
+		if s.ctx.Err() != nil || !s.WasUp() || !errors.Is(err, wire.ErrNodeKeyExpired) {
+			return s.because(err)
+		}
+		if err := s.renew(e, err); err != nil {
+			return s.because(err)
+		}
+		saved, trouble = nil, nil
+	}
+}
 
-	fatal := make(chan error, 1)
+// serve runs a data plane with the node's present key and keeps it in step with
+// the control server, until the session stops, the control server puts the node
+// out or the key expires.
+func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
+	ctx, cancel := context.WithCancel(s.ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	if err := s.startEngine(e); err != nil {
+		return err
+	}
+	fatal := make(chan error, 2)
 	first := make(chan struct{})
 	if saved != nil {
 		// What was in force when the node last ran is in force again, until
@@ -73,13 +94,19 @@ func (s *Session) follow(e *enrolment) (err error) {
 		s.apply(saved, netmap.Rebase(nil, saved))
 		close(first)
 	}
+	key := e.state.Node.Public()
 	wg.Go(func() {
-		if err := s.keepRegistering(e, trouble); err != nil {
+		if err := s.watchExpiry(ctx, e, key); err != nil {
+			fatal <- err
+		}
+	})
+	wg.Go(func() {
+		if err := s.keepRegistering(ctx, e, trouble); err != nil {
 			fatal <- err
 			return
 		}
 		var once sync.Once
-		fatal <- s.coordinate(e, saved, func() {
+		fatal <- s.coordinate(ctx, e, saved, func() {
 			once.Do(func() {
 				if saved == nil {
 					close(first)
@@ -93,7 +120,7 @@ func (s *Session) follow(e *enrolment) (err error) {
 	select {
 	case <-first:
 	case err := <-fatal:
-		return s.because(err)
+		return err
 	case <-late.C:
 		return fmt.Errorf("control server %s accepted this node but sent no netmap within %v: %w",
 			s.cfg.ControlURL, mapTimeout, cmp.Or(s.Trouble(), errNoAnswer))
@@ -101,11 +128,15 @@ func (s *Session) follow(e *enrolment) (err error) {
 	s.settle(e)
 	select {
 	case err := <-fatal:
-		return s.because(err)
+		return err
 	default:
 	}
-	close(s.up)
-	return s.because(<-fatal)
+	if s.WasUp() {
+		s.bar(nil)
+	} else {
+		close(s.up)
+	}
+	return <-fatal
 }
 
 var errNoAnswer = errors.New("control server does not answer")
@@ -145,44 +176,45 @@ func (e *enrolment) savedMap() (*netmap.Map, error) {
 
 // keepRegistering goes on after a failure until the control server has accepted
 // the node, or refused it for good. The data plane runs, so the node key stays.
-func (s *Session) keepRegistering(e *enrolment, err error) error {
+func (s *Session) keepRegistering(ctx context.Context, e *enrolment, err error) error {
 	wait := backoff.Backoff{Max: control.QuickRetry}
 	for since := time.Now(); err != nil; {
-		if s.ctx.Err() != nil || !worthRetry(err) {
+		if ctx.Err() != nil || !worthRetry(err) {
 			return err
 		}
 		s.setTrouble(err)
-		if werr := wait.Wait(s.ctx, control.RetryAfter(err), nil, err); werr != nil {
+		if werr := wait.Wait(ctx, control.RetryAfter(err), nil, err); werr != nil {
 			return werr
 		}
 		if time.Since(since) > control.ShortOutage {
 			wait.Max = backoff.DefaultMax
 		}
-		err = e.register(s.ctx, false)
+		err = e.register(ctx, false)
 	}
 	return nil
 }
 
-// startDataPlane opens sockets and starts stack and engine.
-func (s *Session) startDataPlane(e *enrolment) error {
-	// The stack hands its packets to the engine, which is made with the
-	// stack's other side: nothing leaves before there are addresses.
-	var eng *engine.Engine
-	started := make(chan struct{})
+// startStack starts the network stack, which lives as long as the session. Its
+// packets go to the engine of the moment.
+func (s *Session) startStack() error {
 	stack, err := netstack.New(netstack.Config{Out: func(packets [][]byte) {
-		<-started
-		if eng != nil {
+		if eng := s.engine.Load(); eng != nil {
 			eng.Out(packets)
 		}
 	}})
 	if err != nil {
 		return fmt.Errorf("start network stack: %w", err)
 	}
-	s.disco = identity.NewDisco()
-	eng, err = engine.New(engine.Config{
+	s.stack = stack
+	return nil
+}
+
+// startEngine opens sockets and starts an engine with the node's present key.
+func (s *Session) startEngine(e *enrolment) error {
+	eng, err := engine.New(engine.Config{
 		Key:               e.state.Node,
 		Disco:             s.disco,
-		Link:              link{stack},
+		Link:              link{s.stack},
 		Port:              s.cfg.Port,
 		RelayOnly:         s.cfg.RelayOnly,
 		LoopbackEndpoints: e.client.Local(),
@@ -191,12 +223,10 @@ func (s *Session) startDataPlane(e *enrolment) error {
 		Report:            s.report,
 		Logger:            s.log,
 	})
-	close(started)
 	if err != nil {
-		stack.Close()
 		return err
 	}
-	s.stack, s.engine = stack, eng
+	s.engine.Store(eng)
 	return nil
 }
 
@@ -225,34 +255,36 @@ func (s *Session) stopDataPlane(e *enrolment, why *error) {
 	if errors.Is(*why, engine.ErrRevoked) {
 		// Peers hear from control that this node is gone, and why. A reset
 		// from here would only come before that and say less.
-		s.engine.Close()
+		s.closeEngine()
 	}
-	s.engine.CutAll(*why)
+	if eng := s.engine.Load(); eng != nil {
+		eng.CutAll(*why)
+		s.stack.Close()
+		eng.Drain(drainTimeout)
+	}
 	s.stack.Close()
-	s.engine.Drain(drainTimeout)
-	if err := s.engine.Close(); err != nil {
+	s.closeEngine()
+}
+
+func (s *Session) closeEngine() {
+	eng := s.engine.Load()
+	if eng == nil {
+		return
+	}
+	if err := eng.Close(); err != nil {
 		s.log.Debug("close data plane", zap.Error(err))
 	}
 }
 
-// apply puts a map in force and reports whether all of it is. It is called by
-// one goroutine at a time.
-func (s *Session) apply(m *netmap.Map, d netmap.Delta) bool {
-	err := s.engine.Apply(m, d)
-	if err != nil {
-		s.log.Warn("netmap applied in part", zap.Error(err))
-	}
-	return err == nil
-}
-
 // coordinate follows the map stream until the session stops or the control
 // server puts the node out. onMap is called after each map is in force.
-func (s *Session) coordinate(e *enrolment, inForce *netmap.Map, onMap func()) error {
+func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.Map, onMap func()) error {
 	var cs *control.Session
 	cs = e.client.NewSession(control.SessionConfig{
-		NodeKey: e.state.Node.Public(),
-		InForce: inForce,
-		Store:   e.store,
+		NodeKey:   e.state.Node.Public(),
+		InForce:   inForce,
+		Ephemeral: s.cfg.Ephemeral,
+		Store:     e.store,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
 			if s.apply(m, d) {
 				cs.SetApplied(m.PolicyVersion())
@@ -266,7 +298,7 @@ func (s *Session) coordinate(e *enrolment, inForce *netmap.Map, onMap func()) er
 	s.told = tell
 	s.mu.Unlock()
 	tell()
-	return cs.Run(s.ctx)
+	return cs.Run(ctx)
 }
 
 // hostState is what control should know of this node now.
@@ -287,7 +319,7 @@ func (s *Session) hostState(e *enrolment) control.HostState {
 func (s *Session) settle(e *enrolment) {
 	ctx, cancel := context.WithTimeout(s.ctx, readyTimeout)
 	defer cancel()
-	if err := s.engine.Ready(ctx); err != nil {
+	if err := s.engine.Load().Ready(ctx); err != nil {
 		s.log.Warn("up without a relay and without known endpoints: peers may not reach this node yet", zap.Error(err))
 	}
 	if s.Trouble() != nil {
@@ -305,10 +337,11 @@ func (s *Session) settle(e *enrolment) {
 
 // peerPath tells how packets to a peer travel.
 func (s *Session) peerPath(key identity.NodePublic) PeerStatus {
-	st := s.engine.PathTo(key)
+	st := s.engine.Load().PathTo(key)
 	var p PeerStatus
 	switch {
-	case st.Direct.IsValid():
+	case st.Direct.IsValid() && (st.Trusted || !st.Active || st.Region == 0):
+		// One that traffic goes by beside the relay, as it may be dead, is none.
 		p.Path, p.Endpoint, p.Latency = "direct", st.Direct, st.Latency
 	case st.Region != 0:
 		p.Path, p.Relay = "relay", st.Region

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -56,15 +57,28 @@ type Session struct {
 	finished chan struct{} // closed when nothing is left running
 
 	// Set by run before up is closed, and by nobody after.
-	stack  *netstack.Stack
-	engine *engine.Engine
-	disco  identity.DiscoPrivate
+	stack *netstack.Stack
+	disco identity.DiscoPrivate
 
-	mu      sync.Mutex   // guards the fields below
-	end     error        // why the session ended
-	trouble error        // the last failure of what is tried again, nil when all is well
-	latest  *path.Report // of this node's network, nil before the first
-	told    func()       // makes control hear of latest; nil before there is somebody to tell
+	// engine is another one when the node's key was renewed. Not nil once up is
+	// closed.
+	engine atomic.Pointer[engine.Engine]
+
+	applying sync.Mutex    // serialises apply; guards maps
+	maps     appliedMaps   // of the present engine
+	mapped   chan struct{} // a token when there is another map
+
+	late atomic.Uint64 // see Dropped.Late
+
+	mu        sync.Mutex    // guards the fields below
+	end       error         // why the session ended
+	trouble   error         // the last failure of what is tried again, nil when all is well
+	latest    *path.Report  // of this node's network, nil before the first
+	told      func()        // makes control hear of latest; nil before there is somebody to tell
+	login     error         // a person has to log in; nil if not
+	loginTold error         // the last login that WaitLogin returned
+	barred    error         // why a node that was up may not be used for now; nil if it may
+	turned    chan struct{} // closed and replaced when login or barred change
 }
 
 // Start begins a session. It never fails: Ended and Err tell how it went.
@@ -75,6 +89,9 @@ func Start(cfg Config) *Session {
 		up:       make(chan struct{}),
 		ended:    make(chan struct{}),
 		finished: make(chan struct{}),
+		mapped:   make(chan struct{}, 1),
+		turned:   make(chan struct{}),
+		disco:    identity.NewDisco(),
 	}
 	if s.log == nil {
 		s.log = zap.NewNop()
@@ -127,8 +144,9 @@ func (s *Session) setTrouble(err error) {
 // Stack returns the network stack of a session that is up.
 func (s *Session) Stack() *netstack.Stack { return s.stack }
 
-// Engine returns the data plane of a session that is up.
-func (s *Session) Engine() *engine.Engine { return s.engine }
+// Engine returns the present data plane of a session that is up. It is another
+// one after the node's key was renewed.
+func (s *Session) Engine() *engine.Engine { return s.engine.Load() }
 
 // Stop ends the session with the error that later calls will give. It does not
 // wait: Finished does.
@@ -198,33 +216,4 @@ func (l link) Abort(match func(proto uint8, local, remote netip.AddrPort) bool, 
 
 func (l link) AbortFlow(proto uint8, local, remote netip.AddrPort, err error) bool {
 	return l.Stack.AbortFlow(netstack.Flow{Proto: proto, Local: local, Remote: remote}, err)
-}
-
-// Wait waits until the session is up or has ended. When ctx ends first the
-// error says what is being waited for.
-func (s *Session) Wait(ctx context.Context) error {
-	select {
-	case <-s.up:
-	case <-s.ended:
-	case <-ctx.Done():
-		// A failure that is already there says more than the deadline.
-		select {
-		case <-s.ended:
-			return s.Err()
-		default:
-		}
-		if s.WasUp() {
-			return context.Cause(ctx)
-		}
-		if t := s.Trouble(); t != nil {
-			return fmt.Errorf("coming up: %w; last: %w", context.Cause(ctx), t)
-		}
-		return fmt.Errorf("coming up: waiting for control server %s: %w", s.cfg.ControlURL, context.Cause(ctx))
-	}
-	select {
-	case <-s.ended:
-		return s.Err()
-	default:
-		return nil
-	}
 }

@@ -61,7 +61,9 @@ func TestRegister(t *testing.T) {
 		{name: "needs login", enrolled: true, authKey: "k", mayRekey: true, errs: []error{&control.NeedsLoginError{URL: "http://x"}, nil}, withKey: "-k", after: true},
 		{name: "unknown, no key", enrolled: true, mayRekey: true, errs: []error{wire.ErrNodeUnknown}, want: wire.ErrNodeUnknown, withKey: "-", after: true},
 		{name: "expired", enrolled: true, authKey: "k", mayRekey: true, errs: []error{wire.ErrNodeKeyExpired, nil}, withKey: "-k", otherNode: true, old: true, after: true},
-		{name: "expired, no key", enrolled: true, mayRekey: true, errs: []error{wire.ErrNodeKeyExpired}, want: wire.ErrNodeKeyExpired, withKey: "-", after: true},
+		{name: "expired, no key", enrolled: true, mayRekey: true, errs: []error{wire.ErrNodeKeyExpired, wire.ErrNeedsLogin}, want: wire.ErrNodeKeyExpired, withKey: "--", old: true, after: true},
+		{name: "expired, login", enrolled: true, mayRekey: true, errs: []error{wire.ErrNodeKeyExpired, &control.NeedsLoginError{URL: "http://x"}}, want: wire.ErrNeedsLogin, withKey: "--", otherNode: true, old: true},
+		{name: "removed, no key", enrolled: true, mayRekey: true, errs: []error{wire.ErrNodeRevoked}, want: wire.ErrNodeRevoked, withKey: "-", after: true},
 		{name: "expired, bad key", enrolled: true, authKey: "k", mayRekey: true, errs: []error{wire.ErrNodeKeyExpired, wire.ErrAuthKeyUsed}, want: wire.ErrAuthKeyUsed, withKey: "-k", old: true, after: true},
 		{name: "expired, no answer to the new key", enrolled: true, authKey: "k", mayRekey: true, errs: []error{wire.ErrNodeKeyExpired, away}, want: away, withKey: "-k", otherNode: true, old: true},
 		{name: "expired while running", enrolled: true, authKey: "k", errs: []error{wire.ErrNodeKeyExpired}, want: wire.ErrNodeKeyExpired, withKey: "-", after: true},
@@ -83,7 +85,7 @@ func TestRegister(t *testing.T) {
 			server := &answers{errs: tc.errs}
 			e := &enrolment{cfg: Config{AuthKey: tc.authKey}, log: zap.NewNop(), store: store, state: state, server: server}
 			err = e.register(t.Context(), tc.mayRekey)
-			if !errors.Is(err, tc.want) {
+			if !errors.Is(err, tc.want) || err != nil && e.expired != nil && !errors.Is(err, wire.ErrNodeKeyExpired) {
 				t.Errorf("error %v", err)
 			}
 			with := ""
@@ -171,7 +173,7 @@ func TestStopWhileStarting(t *testing.T) {
 
 func TestWait(t *testing.T) {
 	blank := func() *Session {
-		return &Session{up: make(chan struct{}), ended: make(chan struct{}), cfg: Config{ControlURL: "http://x"}}
+		return &Session{up: make(chan struct{}), ended: make(chan struct{}), turned: make(chan struct{}), log: zap.NewNop(), cfg: Config{ControlURL: "http://x"}}
 	}
 	over, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("enough"))
@@ -197,6 +199,116 @@ func TestWait(t *testing.T) {
 	}
 	if err := s.Refine(net.ErrClosed); err != engine.ErrRevoked {
 		t.Errorf("refined: %v", err)
+	}
+}
+
+// A login that is pending fails at once whoever cannot wait for it, and is told
+// to WaitLogin once.
+func TestWaitForLogin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &Session{up: make(chan struct{}), ended: make(chan struct{}), turned: make(chan struct{}), log: zap.NewNop(), cfg: Config{ControlURL: "http://x"}}
+		s.setLogin(&control.NeedsLoginError{URL: "http://x/login/1"})
+		var login *control.NeedsLoginError
+		for _, wait := range []func(context.Context) error{s.Wait, s.WaitLogin, s.Wait, s.WaitStack} {
+			if err := wait(t.Context()); !errors.As(err, &login) || login.URL != "http://x/login/1" {
+				t.Errorf("%v", err)
+			}
+		}
+		if st := s.Starting(); st.LoginURL != "http://x/login/1" || !strings.Contains(st.Control, "login needed") {
+			t.Errorf("%+v", st)
+		}
+		soon, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		begin := time.Now()
+		if err := s.WaitLogin(soon); !errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &login) || time.Since(begin) != time.Minute {
+			t.Errorf("%v", err)
+		}
+		waited := make(chan error, 1)
+		go func() { waited <- s.WaitLogin(t.Context()) }()
+		synctest.Wait()
+		s.setLogin(&control.NeedsLoginError{URL: "http://x/login/2"}) // the first ran out
+		if err := <-waited; !errors.As(err, &login) || login.URL != "http://x/login/2" {
+			t.Errorf("%v", err)
+		}
+		go func() { waited <- s.WaitLogin(t.Context()) }()
+		synctest.Wait()
+		s.setLogin(nil)
+		synctest.Wait()
+		close(s.up)
+		if err := <-waited; err != nil {
+			t.Errorf("%v", err)
+		}
+
+		// Its key expires: there is a stack to listen on, and no use else.
+		s.bar(wire.ErrNodeKeyExpired)
+		if err := s.WaitStack(t.Context()); err != nil {
+			t.Errorf("listen: %v", err)
+		}
+		soon, cancel = context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := s.Wait(soon); !errors.Is(err, wire.ErrNodeKeyExpired) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("while it is renewed: %v", err)
+		}
+		go func() { waited <- s.Wait(t.Context()) }()
+		synctest.Wait()
+		s.bar(nil)
+		if err := <-waited; err != nil {
+			t.Errorf("renewed: %v", err)
+		}
+	})
+}
+
+// A person logs in, late: until then the node asks again, whatever happens.
+func TestPassLogin(t *testing.T) {
+	at := func(url string) error { return &control.NeedsLoginError{URL: url} }
+	for _, tc := range []struct {
+		name   string
+		errs   []error
+		want   error
+		asked  string // the followups, by their last character
+		wanted error  // the first answer of register; nil: needs a login
+	}{
+		{name: "at once", errs: []error{nil}, asked: "1"},
+		{name: "another URL", errs: []error{at("http://x/2"), nil}, asked: "12"},
+		{name: "the server is away for a while", errs: []error{&control.UnreachableError{}, nil}, asked: "11"},
+		{name: "refused", errs: []error{wire.ErrTagNotAllowed}, want: wire.ErrTagNotAllowed, asked: "1"},
+		{name: "no login", wanted: wire.ErrCloned, want: wire.ErrCloned},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := new(identity.MemoryStore)
+				state, err := identity.LoadState(store)
+				if err != nil {
+					t.Fatal(err)
+				}
+				first := tc.wanted
+				if first == nil {
+					first = at("http://x/1")
+				}
+				server := &answers{errs: append([]error{first}, tc.errs...)}
+				s := Start(config(t))
+				<-s.Finished()
+				s.ctx = t.Context()
+				e := &enrolment{log: zap.NewNop(), store: store, state: state, server: server}
+				err = s.passLogin(e, e.register(t.Context(), true))
+				if !errors.Is(err, tc.want) {
+					t.Errorf("error %v", err)
+				}
+				asked := ""
+				for _, r := range server.reqs[1:] {
+					asked += r.Followup[len(r.Followup)-1:]
+					if r.NodeKey != server.reqs[0].NodeKey || r.Auth != nil {
+						t.Errorf("request %+v", r)
+					}
+				}
+				if asked != tc.asked || e.state.Enrolled != (tc.want == nil) {
+					t.Errorf("asked %s, enrolled %v", asked, e.state.Enrolled)
+				}
+				if _, err := s.pendingLogin(); err != nil {
+					t.Errorf("still pending: %v", err)
+				}
+			})
+		})
 	}
 }
 

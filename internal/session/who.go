@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"mesh/identity"
+	"mesh/internal/engine"
 	"mesh/internal/netmap"
 	"mesh/netstack"
 )
@@ -28,7 +29,7 @@ func IsSelfName(m *netmap.Map, name string) bool {
 
 // WhoIs tells which node has a mesh address.
 func (s *Session) WhoIs(a netip.Addr) (identity.Peer, bool) {
-	m, a := s.engine.Map(), a.Unmap()
+	m, a := s.engine.Load().Map(), a.Unmap()
 	if IsSelf(m, a) {
 		return m.SelfIdentity(), true
 	}
@@ -42,7 +43,7 @@ func (s *Session) WhoIs(a netip.Addr) (identity.Peer, bool) {
 // Origin tells who is at the other end of an inbound flow, and by which rule.
 // It reports false when the flow is not, or no longer, admitted.
 func (s *Session) Origin(f netstack.Flow) (identity.Peer, bool) {
-	m, p, rule, ok := s.engine.Admitted(f.Proto, f.Local, f.Remote)
+	m, p, rule, ok := s.engine.Load().Admitted(f.Proto, f.Local, f.Remote)
 	switch {
 	case ok:
 		who := m.Identity(p)
@@ -85,15 +86,32 @@ type Status struct {
 	// Control is empty while the control server is connected, else it says
 	// why not. What is known goes on to work meanwhile.
 	Control       string
-	PolicyVersion int64        // of the policy in force, 0 = unknown
-	HomeRelay     int          // relay region where peers find this node, 0 = none
-	Peers         []PeerStatus // sorted by name
+	PolicyVersion int64 // of the policy in force, 0 = unknown
+	HomeRelay     int   // relay region where peers find this node, 0 = none
+	// LoginURL is where a person has to log in before the node comes up, or
+	// goes on after its key expired; "" if nobody has to.
+	LoginURL string `json:",omitempty"`
+	Dropped  Dropped
+	Peers    []PeerStatus // sorted by name
 }
+
+// Dropped counts packets that went nowhere since the node started, or since its
+// key was renewed.
+type Dropped struct {
+	engine.Dropped
+	// Late counts datagrams that waited for a PacketConn to read them when
+	// their sender lost the permission to send them.
+	Late uint64
+}
+
+// CountLate counts a datagram for Dropped.Late.
+func (s *Session) CountLate() { s.late.Add(1) }
 
 // PeerStatus describes a peer that a node may see.
 type PeerStatus struct {
 	identity.Peer
 	Online   bool      // as the control server believes
+	Expired  bool      // its key has expired: it cannot be reached until it logs in again
 	LastSeen time.Time // zero if unknown or online
 	// Path is how packets travel at present: "direct", "relay", or "" when
 	// there was no traffic lately.
@@ -108,6 +126,9 @@ func (s *Session) Starting() *Status {
 	if err := s.Err(); err != nil {
 		return &Status{Control: err.Error()}
 	}
+	if url, err := s.pendingLogin(); err != nil {
+		return &Status{Control: err.Error(), LoginURL: url}
+	}
 	if t := s.Trouble(); t != nil {
 		return &Status{Control: "starting: " + t.Error()}
 	}
@@ -116,19 +137,23 @@ func (s *Session) Starting() *Status {
 
 // Status returns what is known now, of a session that came up.
 func (s *Session) Status() *Status {
-	m := s.engine.Map()
+	m := s.engine.Load().Map()
 	st := &Status{
-		Running:       s.Err() == nil,
+		Running:       s.Err() == nil && s.isBarred() == nil,
 		Self:          m.SelfIdentity(),
 		PolicyVersion: m.PolicyVersion(),
-		HomeRelay:     s.engine.HomeRegion(),
+		HomeRelay:     s.engine.Load().HomeRegion(),
 	}
-	if err := cmp.Or(s.Err(), s.Trouble()); err != nil {
+	url, login := s.pendingLogin()
+	st.LoginURL = url
+	if err := cmp.Or(s.Err(), login, s.isBarred(), s.Trouble()); err != nil {
 		st.Control = err.Error()
 	}
+	st.Dropped = Dropped{s.engine.Load().Dropped(), s.late.Load()}
 	for p := range m.Peers() {
 		ps := s.peerPath(p.Key)
 		ps.Peer = m.Identity(p)
+		ps.Expired = p.Expired
 		ps.Online = p.Online != nil && *p.Online
 		if p.LastSeen != nil && !ps.Online {
 			ps.LastSeen = *p.LastSeen

@@ -1,0 +1,142 @@
+package session
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"mesh/control"
+	"mesh/control/wire"
+	"mesh/identity"
+	"mesh/internal/backoff"
+	"mesh/internal/netmap"
+)
+
+// appliedMaps are the map as control tells it and as it is in force: in the
+// latter the peers whose keys have expired since are marked. Both are nil before
+// the first.
+type appliedMaps struct{ told, inForce *netmap.Map }
+
+// apply puts a map of control in force, d being what differs from the last one,
+// and reports whether all of it is.
+func (s *Session) apply(told *netmap.Map, d netmap.Delta) bool {
+	s.applying.Lock()
+	defer s.applying.Unlock()
+	m := told.Expire(time.Now())
+	if m != told || s.maps.told != s.maps.inForce {
+		d = netmap.Rebase(s.maps.inForce, m)
+	}
+	err := s.engine.Load().Apply(m, d)
+	if err != nil {
+		s.log.Warn("netmap applied in part", zap.Error(err))
+	}
+	s.maps = appliedMaps{told, m}
+	select {
+	case s.mapped <- struct{}{}:
+	default:
+	}
+	return err == nil
+}
+
+// applyExpiry puts out of use the peers whose keys have expired since the last
+// map came.
+func (s *Session) applyExpiry(now time.Time) {
+	s.applying.Lock()
+	defer s.applying.Unlock()
+	m := s.maps.inForce.Expire(now)
+	if m == s.maps.inForce {
+		return
+	}
+	if err := s.engine.Load().Apply(m, netmap.Rebase(s.maps.inForce, m)); err != nil {
+		s.log.Warn("netmap applied in part", zap.Error(err))
+	}
+	s.maps.inForce = m
+}
+
+// clockCheck is how often clocks are looked at while some key is to expire: they
+// may be set, and timers stand still while a machine sleeps.
+const clockCheck = time.Minute
+
+// watchExpiry puts keys out of use when they expire, whether or not the control
+// server is there to say so. It returns wire.ErrNodeKeyExpired when the node's
+// own key has, and nil when ctx ends.
+func (s *Session) watchExpiry(ctx context.Context, e *enrolment, key identity.NodePublic) error {
+	var good time.Time // an expiry of our own that the control server does not insist on
+	for {
+		s.applying.Lock()
+		m := s.maps.told
+		s.applying.Unlock()
+		var wait <-chan time.Time
+		if m != nil {
+			now := time.Now()
+			if self := m.Self(); m.Expired(self, now) && (good.IsZero() || !good.Equal(self.KeyExpiry)) {
+				if !s.stillGood(ctx, e, key) {
+					if ctx.Err() != nil {
+						return nil
+					}
+					return wire.ErrNodeKeyExpired
+				}
+				good = self.KeyExpiry
+			}
+			s.applyExpiry(now)
+			if next := m.NextExpiry(now); !next.IsZero() {
+				wait = time.After(max(0, min(next.Sub(now), clockCheck)))
+			}
+		}
+		select {
+		case <-wait:
+		case <-s.mapped:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// stillGood asks the control server whether it accepts a key that has expired
+// by its own word and our clock. If it does not answer the key counts as expired:
+// peers will find the same.
+func (s *Session) stillGood(ctx context.Context, e *enrolment, key identity.NodePublic) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	_, err := e.server.Register(ctx, wire.RegisterRequest{
+		Version: wire.CapabilityVersion, NodeKey: key, Hostinfo: e.hostinfo(), Ephemeral: e.cfg.Ephemeral,
+	})
+	return err == nil
+}
+
+// renew gets a node whose key has expired a new one: by the auth key, or by a
+// person who logs in. Connections end with the reason; listeners, the name and
+// the addresses stay, if the control server gives them again. It returns nil when
+// the control server has accepted the node.
+func (s *Session) renew(e *enrolment, why error) error {
+	s.bar(why)
+	eng := s.engine.Load()
+	eng.CutAll(why)
+	eng.Drain(drainTimeout)
+	s.closeEngine()
+	s.applying.Lock()
+	s.maps = appliedMaps{}
+	s.applying.Unlock()
+	s.mu.Lock()
+	s.latest, s.told = nil, nil
+	s.mu.Unlock()
+	var wait backoff.Backoff
+	for {
+		err := s.passLogin(e, e.register(s.ctx, true))
+		if err == nil || s.ctx.Err() != nil {
+			return err
+		}
+		if !worthRetry(err) {
+			if e.expired == nil {
+				err = fmt.Errorf("%w; %w", why, err)
+			}
+			return err
+		}
+		s.setTrouble(err)
+		if err := wait.Wait(s.ctx, control.RetryAfter(err), nil, err); err != nil {
+			return err
+		}
+	}
+}
