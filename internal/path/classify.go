@@ -39,6 +39,9 @@ func (p *Path) readUDP(s *socket) {
 		default:
 			// Some systems report here what a datagram sent earlier met.
 			p.log.Debug("read UDP", zap.Error(err))
+			if failed >= time.Second {
+				p.broken.Store(true) // opened anew when the network changes
+			}
 			failed = min(2*failed+time.Millisecond, time.Second)
 			if !p.sleep(failed) {
 				return

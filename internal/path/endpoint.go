@@ -117,6 +117,8 @@ func (p *Path) wakeEndpointsLocked(now instant) {
 // dueEndpoints does what is due of gathering.
 func (p *Path) dueEndpoints(now instant) {
 	var tasks []task
+	var local []netip.Prefix
+	lost := false
 	p.mu.Lock()
 	e := &p.ends
 	if e.next == 0 || now < e.next {
@@ -130,12 +132,15 @@ func (p *Path) dueEndpoints(now instant) {
 			return
 		}
 		p.mu.Unlock()
-		local, _ := p.cfg.Interfaces() // a system call
+		local, _ = p.cfg.Interfaces() // a system call
 		p.mu.Lock()
-		tasks = p.startRoundLocked(local, now)
+		tasks, lost = p.startRoundLocked(local, now)
 	}
 	requests, settled := p.roundLocked(now)
 	p.mu.Unlock()
+	if lost {
+		p.relays.recheck(func(a netip.Addr) bool { return hasAddr(local, a) })
+	}
 	for _, t := range tasks {
 		p.perform(t.pe, &t.out)
 	}
@@ -162,16 +167,10 @@ func (p *Path) gathered() {
 }
 
 // startRoundLocked begins a round of STUN.
-func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task) {
+func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task, lost bool) {
 	e := &p.ends
 	e.want = false
-	if p.cfg.RelayOnly {
-		local = nil
-	}
-	lost := false
-	for _, a := range e.local {
-		lost = lost || !slices.Contains(local, a)
-	}
+	lost, _ = compare(e.local, local)
 	e.local = local
 	if lost {
 		// An address went away, and with it the paths that used it.
@@ -182,7 +181,7 @@ func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task
 	if len(names) > 0 {
 		p.wg.Go(func() { p.resolve(names) }) // from the loop, which Close waits for
 	}
-	return tasks
+	return tasks, lost
 }
 
 // settleRoundLocked makes the round's result the node's endpoints.
@@ -231,9 +230,12 @@ func (p *Path) listLocked(now instant) {
 		}
 	}
 	loopback := p.cfg.LoopbackEndpoints
-	addrs := localAddresses(e.local, loopback)
-	if len(addrs) == 0 && len(list) == 0 {
-		addrs = localAddresses(e.local, true)
+	var addrs []netip.Addr
+	if !p.cfg.RelayOnly {
+		addrs = localAddresses(e.local, loopback)
+		if len(addrs) == 0 && len(list) == 0 {
+			addrs = localAddresses(e.local, true)
+		}
 	}
 	for _, a := range addrs {
 		port := s.port6()
@@ -264,7 +266,7 @@ func localAddresses(all []netip.Prefix, loopback bool) []netip.Addr {
 		a := pfx.Addr().Unmap()
 		switch {
 		case !a.IsValid() || a.IsUnspecified() || a.IsMulticast():
-		case slices.ContainsFunc(meshPrefixes, func(m netip.Prefix) bool { return m.Contains(a) }):
+		case isMesh(a):
 		case a.IsLoopback():
 			loop = append(loop, a)
 		case a.Is6() && a.IsLinkLocalUnicast():
@@ -287,6 +289,11 @@ func localAddresses(all []netip.Prefix, loopback bool) []netip.Addr {
 	}
 	slices.SortFunc(good, netip.Addr.Compare)
 	return slices.Compact(good)
+}
+
+// hasAddr reports whether an address is one of the host's.
+func hasAddr(local []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(local, func(n netip.Prefix) bool { return n.Addr().Unmap() == a })
 }
 
 // systemInterfaces lists the addresses of the interfaces that are up.

@@ -408,6 +408,32 @@ type node struct {
 	mu      sync.Mutex // guards what follows
 	got     []received
 	reports []Report
+	local   []netip.Prefix // addresses of the host
+}
+
+func (nd *node) interfaces() ([]netip.Prefix, error) {
+	nd.mu.Lock()
+	defer nd.mu.Unlock()
+	return slices.Clone(nd.local), nil
+}
+
+// relayAddr is from where the node connects to relays.
+func (nd *node) relayAddr() netip.AddrPort {
+	nd.mu.Lock()
+	defer nd.mu.Unlock()
+	if len(nd.local) == 0 {
+		return netip.AddrPort{}
+	}
+	return netip.AddrPortFrom(nd.local[0].Addr(), 50000)
+}
+
+func (nd *node) setInterfaces(list ...string) {
+	nd.mu.Lock()
+	defer nd.mu.Unlock()
+	nd.local = nil
+	for _, s := range list {
+		nd.local = append(nd.local, netip.MustParsePrefix(s))
+	}
 }
 
 type received struct {
@@ -422,6 +448,7 @@ func (n *memNet) config(host string) (Config, *node) {
 		nm:   &netmap{peers: make(map[identity.NodePublic]Peer)},
 		disc: identity.NewDisco(),
 	}
+	nd.setInterfaces(host + "/24")
 	key := identity.NewNode()
 	return Config{
 		Key: key, Disco: nd.disc, Port: 41641,
@@ -430,8 +457,8 @@ func (n *memNet) config(host string) (Config, *node) {
 		Receive:     nd.receive,
 		Report:      nd.reported,
 		ListenUDP:   n.listen(ip),
-		Interfaces:  func() ([]netip.Prefix, error) { return []netip.Prefix{netip.PrefixFrom(ip, 24)}, nil },
-		dialRelay:   n.dialRelay(key.Public(), func() netip.AddrPort { return netip.AddrPortFrom(ip, 5) }),
+		Interfaces:  nd.interfaces,
+		dialRelay:   n.dialRelay(key.Public(), nd.relayAddr),
 	}, nd
 }
 

@@ -95,7 +95,9 @@ type Config struct {
 	// RootCAs verify the relays; nil means those of the system.
 	RootCAs *x509.CertPool
 	// Interfaces lists the addresses of the host's interfaces that are up,
-	// with the loopback ones; nil asks the system.
+	// with the loopback ones; nil asks the system. Where it is set, and where
+	// the system does not tell of changes, it is asked every few seconds;
+	// NetworkChanged is for who knows sooner.
 	Interfaces func() ([]netip.Prefix, error)
 	// RelayOnly opens no UDP socket: everything goes by relay.
 	RelayOnly bool
@@ -134,10 +136,16 @@ type Path struct {
 	relays relaySet
 	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
 
+	events *networkEvents // nil = none
+	broken atomic.Bool    // a socket failed
+
+	closeEvents sync.Once
+
 	homeNow atomic.Int32 // home.region, for those who hold no lock
 
 	wake   chan struct{} // capacity 1; the loop looks at its deadlines again
 	report chan struct{} // capacity 1; the report may have changed
+	stir   chan struct{} // capacity 1; a session became active
 	ready  chan struct{} // closed when the node is reachable
 
 	bindMu sync.Mutex // guards opening and closing of sockets; taken before mu
@@ -170,11 +178,12 @@ func New(cfg Config) (*Path, error) {
 			cfg.Proxy = derp.ProxyFromEnvironment
 		}
 	}
-	if cfg.Interfaces == nil {
-		cfg.Interfaces = systemInterfaces
-	}
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
+	}
+	watches := cfg.Interfaces == nil
+	if watches {
+		cfg.Interfaces = systemInterfaces
 	}
 	p := &Path{
 		cfg:    cfg,
@@ -184,6 +193,7 @@ func New(cfg Config) (*Path, error) {
 		epoch:  time.Now().Add(-epochAge),
 		wake:   make(chan struct{}, 1),
 		report: make(chan struct{}, 1),
+		stir:   make(chan struct{}, 1),
 		ready:  make(chan struct{}),
 		calls:  make(map[*peer]struct{}),
 	}
@@ -208,8 +218,15 @@ func New(cfg Config) (*Path, error) {
 			return nil, err
 		}
 	}
+	if watches {
+		var err error
+		if p.events, err = watchNetwork(); err != nil {
+			p.log.Debug("no events of network changes", zap.Error(err))
+		}
+	}
 	p.wg.Go(p.loop)
 	p.wg.Go(p.reporter)
+	p.wg.Go(func() { p.monitor(p.events) })
 	return p, nil
 }
 
@@ -229,6 +246,7 @@ func (p *Path) openUDPLocked(port uint16) error {
 		return err
 	}
 	p.socks.Store(s)
+	p.broken.Store(false)
 	s.each(func(s *socket) { p.wg.Go(func() { p.readUDP(s) }) })
 	return nil
 }
@@ -271,7 +289,7 @@ func (p *Path) Rebind() error {
 func (p *Path) NetworkChanged() {
 	local, err := p.cfg.Interfaces()
 	p.relays.recheck(func(a netip.Addr) bool {
-		return err != nil || slices.ContainsFunc(local, func(n netip.Prefix) bool { return n.Addr().Unmap() == a })
+		return err != nil || hasAddr(local, a)
 	})
 	p.mu.Lock()
 	now := p.now()
@@ -348,6 +366,9 @@ func (p *Path) Close() error {
 	p.bindMu.Unlock()
 	p.relays.close()
 	p.wg.Wait()
+	if p.events != nil {
+		p.closeEvents.Do(p.events.close)
+	}
 	return nil
 }
 
@@ -375,11 +396,19 @@ func signal(c chan struct{}) {
 func (p *Path) loop() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var c clock
+	var next instant // 0 = no timer
 	for {
-		if next, ok := p.due(p.now()); ok {
+		if c.slept(p.now(), next, time.Now()) {
+			p.log.Debug("the host or this process slept")
+			p.NetworkChanged()
+		}
+		var ok bool
+		if next, ok = p.due(p.now()); ok {
 			timer.Reset(max(next-p.now(), 0))
 		} else {
 			timer.Stop()
+			next = 0
 		}
 		select {
 		case <-timer.C:

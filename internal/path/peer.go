@@ -209,6 +209,9 @@ func (p *Path) probe(pe *peer, now instant) {
 		p.mu.Unlock()
 		return
 	}
+	if !pe.ch.active {
+		signal(p.stir)
+	}
 	pe.ch.sent(now, &p.budget, &out)
 	p.settleLocked(pe, now)
 	p.wakeEndpointsLocked(now)

@@ -1,0 +1,206 @@
+package path
+
+import (
+	"bytes"
+	"encoding/binary"
+	"testing"
+	"time"
+
+	"mesh/identity"
+)
+
+func dials(n *memNet, region int) int {
+	r := n.relays[region]
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.dials
+}
+
+// TestAddressChangeIsNoticed: without any call, where the system tells nothing.
+func TestAddressChangeIsNoticed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, a, b := pair(t)
+		for range 20 {
+			a.send(t, b, "x")
+			settle(100 * time.Millisecond)
+		}
+		before := dials(n, 1)
+		a.setInterfaces("198.18.0.1/24")
+		for range 25 {
+			a.send(t, b, "x")
+			settle(100 * time.Millisecond)
+		}
+		if st := a.Status(b.key()); st.Why != "network changed" || !st.Trusted {
+			t.Errorf("%+v", st)
+		}
+		if d := dials(n, 1) - before; d != 1 {
+			t.Errorf("relay connected again %d times", d)
+		}
+		if r := a.lastReport(); len(r.Endpoints) != 2 || r.Endpoints[1].String() != "198.18.0.1:41641" {
+			t.Errorf("reported %v", r.Endpoints)
+		}
+		// One more address, addresses of the mesh itself, another order: no reason to doubt.
+		since := a.Status(b.key()).Since
+		a.setInterfaces("100.64.0.7/32", "198.18.0.2/24", "198.18.0.1/24")
+		for range 25 {
+			a.send(t, b, "x")
+			settle(100 * time.Millisecond)
+		}
+		if st := a.Status(b.key()); st.Since != since || dials(n, 1)-before != 1 {
+			t.Errorf("%+v, %d dials", st, dials(n, 1)-before)
+		}
+		if r := a.lastReport(); len(r.Endpoints) != 3 {
+			t.Errorf("reported %v", r.Endpoints)
+		}
+		// An idle node notices too, later.
+		settle(sessionTimeout + heartbeat)
+		a.setInterfaces("198.18.0.9/24")
+		settle(pollIdle + time.Second)
+		if r := a.lastReport(); len(r.Endpoints) != 2 || r.Endpoints[1].String() != "198.18.0.9:41641" {
+			t.Errorf("reported %v", r.Endpoints)
+		}
+	})
+}
+
+// TestPrivatePathIsLeft: an address of a private network that the host left is
+// not sent to any more; somebody else may have it in the next network.
+func TestPrivatePathIsLeft(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newMemNet(t)
+		n.relay(1)
+		n.stuns[stunServer(1)] = 4 * time.Millisecond
+		a, b := n.node("192.168.7.1"), n.node("192.168.7.2")
+		a.SetRelays(relayMap(1))
+		b.SetRelays(relayMap(1))
+		a.knows(b.peer(1))
+		b.knows(a.peer(1))
+		a.Ready(t.Context())
+		b.Ready(t.Context())
+		a.send(t, b, "x")
+		settle(time.Second)
+		if st := a.Status(b.key()); st.Direct != b.addr {
+			t.Fatalf("%+v", st)
+		}
+		a.setInterfaces("10.1.1.1/8")
+		a.NetworkChanged()
+		if st := a.Status(b.key()); st.Direct.IsValid() || st.Why != "network changed" {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+func TestClock(t *testing.T) {
+	base := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	s := time.Second
+	for _, c := range []struct {
+		name             string
+		mono, wall, plan time.Duration // since the last look
+		want             bool
+	}{
+		{"awake", s, s, s, false},
+		{"no timer", 100 * s, 100 * s, 0, false},
+		{"timer a bit late", 3 * s, 3 * s, s, false},
+		{"stopped for 10 s", 11 * s, 11 * s, s, true},
+		{"suspended, monotonic clock stood still", s, 3600 * s, s, true},
+		{"suspended without a timer", s, 3600 * s, 0, true},
+		{"clock set back", s, -3600 * s, s, false},
+	} {
+		var k clock
+		if k.slept(epochAge, 0, base) {
+			t.Error("slept at the first look")
+		}
+		plan := instant(0)
+		if c.plan != 0 {
+			plan = epochAge + c.plan
+		}
+		if got := k.slept(epochAge+c.mono, plan, base.Add(c.wall)); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+}
+
+// nlMessage makes a netlink message, its length included.
+func nlMessage(kind uint16, body ...byte) []byte {
+	b := make([]byte, nlHeaderLen, nlHeaderLen+len(body))
+	binary.NativeEndian.PutUint32(b, uint32(nlHeaderLen+len(body)))
+	binary.NativeEndian.PutUint16(b[4:], kind)
+	b = append(b, body...)
+	return append(b, make([]byte, (4-len(b)%4)%4)...)
+}
+
+// nlRoute makes the body of a route message.
+func nlRoute(dstLen, table byte, attrs ...[]byte) []byte {
+	b := make([]byte, routeHeaderLen)
+	b[0], b[1], b[4] = 2, dstLen, table
+	for _, a := range attrs {
+		b = append(b, a...)
+	}
+	return b
+}
+
+func nlAttr(kind uint16, value ...byte) []byte {
+	b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(value)))
+	b = binary.NativeEndian.AppendUint16(b, kind)
+	b = append(b, value...)
+	return append(b, make([]byte, (4-len(b)%4)%4)...)
+}
+
+func TestNetlink(t *testing.T) {
+	gateway := nlAttr(rtaGateway, 192, 0, 2, 1)
+	route := nlRoute(0, mainTable, gateway, nlAttr(rtaOif, 2, 0, 0, 0))
+	var p netlinkParser
+	for i, c := range []struct {
+		in   []byte
+		want netChange
+	}{
+		{nil, netChange{}},
+		{nlMessage(nlError, 0, 0, 0, 0), netChange{}},
+		{nlMessage(rtmNewLink, make([]byte, 16)...), netChange{addresses: true}},
+		{nlMessage(rtmDelAddr, make([]byte, 8)...), netChange{addresses: true}},
+		{nlMessage(rtmNewRoute, route...), netChange{route: true}},
+		{nlMessage(rtmNewRoute, route...), netChange{}}, // said before
+		{nlMessage(rtmDelRoute, route...), netChange{route: true}},
+		{nlMessage(rtmNewRoute, route...), netChange{route: true}},
+		{nlMessage(rtmNewRoute, nlRoute(24, mainTable, gateway)...), netChange{}},                                               // no default
+		{nlMessage(rtmNewRoute, nlRoute(0, 255, gateway)...), netChange{}},                                                      // another table
+		{nlMessage(rtmNewRoute, nlRoute(0, 0, nlAttr(rtaTable, binary.NativeEndian.AppendUint32(nil, 99)...))...), netChange{}}, // named apart
+		{nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaGateway, 192, 0, 2, 9))...), netChange{route: true}},
+		{append(nlMessage(rtmNewAddr, 1, 2, 3), nlMessage(rtmDelRoute, route...)...), netChange{addresses: true, route: true}},
+		{nlMessage(rtmNewRoute, route...)[:20], netChange{}},
+		{nlMessage(rtmNewRoute, route[:5]...), netChange{}},
+		{bytes.Repeat([]byte{0xff}, 64), netChange{}},
+		{make([]byte, 64), netChange{}},
+	} {
+		if got := p.parse(c.in); got != c.want {
+			t.Errorf("%d: %+v, want %+v", i, got, c.want)
+		}
+	}
+	for i := range 1000 {
+		p.parse(nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaOif, byte(i), byte(i>>8), 0, 0))...))
+	}
+	if len(p.routes) > maxRoutes {
+		t.Errorf("%d routes remembered", len(p.routes))
+	}
+}
+
+func FuzzNetlink(f *testing.F) {
+	f.Add(nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaGateway, 1, 2, 3, 4))...))
+	f.Add(nlMessage(rtmDelLink, 1, 2, 3))
+	f.Add([]byte{1, 0, 0, 0, 24, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var p netlinkParser
+		p.parse(b)
+		p.parse(b)
+	})
+}
+
+// TestSystemEvents opens and closes what the system has, and leaves nothing.
+func TestSystemEvents(t *testing.T) {
+	p, err := New(Config{Key: identity.NewNode(), Disco: identity.NewDisco()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.SetRelays(nil)
+	p.Close()
+	p.Close()
+}
