@@ -500,6 +500,31 @@ func testLoginAgain(t *testing.T, w *world, say bool) {
 	})
 }
 
+// A node that an administrator removed hears so; it may ask to be let in as
+// another one.
+func TestLoginAfterRemoval(t *testing.T) {
+	w := newWorld(t, withLogin)
+	w.user("alice")
+	m := w.machine()
+	url := m.ask(nil)
+	id := must[wire.NodeID](t)(w.s.ApproveLogin(t.Context(), "test", url, "alice", nil))
+	m.join("")
+	if err := w.s.RemoveNode(t.Context(), "test", "agent"); err != nil {
+		t.Fatal(err)
+	}
+	m.refused(m.registerRequest(""), wire.CodeNodeRevoked)
+	old := m.key.Public()
+	m.key = identity.NewNode()
+	again := m.ask(func(r *wire.RegisterRequest) { r.OldNodeKey = old })
+	if again == url {
+		t.Error("the URL that was approved serves again")
+	}
+	if other := must[wire.NodeID](t)(w.s.ApproveLogin(t.Context(), "test", again, "alice", nil)); other == id {
+		t.Error("the removed node came back")
+	}
+	m.join("")
+}
+
 func FuzzLoginCode(f *testing.F) {
 	w := newWorld(f, withLogin)
 	url := w.machine().ask(nil)

@@ -239,6 +239,10 @@ func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury boo
 		code := wire.CodeNodeUnknown
 		if bury {
 			code = wire.CodeNodeRevoked
+			// Stock nodes do not know the code; an expired key they understand.
+			last := s.selfNode(n)
+			last.Expired, last.KeyExpiry = true, s.cfg.Now()
+			n.stream.pending.last = last
 		}
 		n.stream.end(code)
 	}

@@ -155,7 +155,8 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 	}
 	if keyErr != nil {
-		if !req.OldNodeKey.IsZero() && old == nil {
+		mayAsk := s.cfg.BaseURL != "" && errors.Is(keyErr, wire.ErrNeedsLogin)
+		if !req.OldNodeKey.IsZero() && old == nil && !mayAsk {
 			if _, err := s.registerDead(ctx, c, req.OldNodeKey, key, keyErr); errors.Is(err, wire.ErrNodeRevoked) {
 				return nil, err
 			}

@@ -274,6 +274,10 @@ func TestRemovedNode(t *testing.T) {
 	if code := nb.end(t); code != wire.CodeNodeRevoked {
 		t.Errorf("b's stream ended with %q", code)
 	}
+	// In one message, so that nobody takes it for a mere expiry who knows the code.
+	if m := nb.last; m.MeshCode != wire.CodeNodeRevoked || m.Node == nil || !m.Node.Expired || m.Node.KeyExpiry.IsZero() {
+		t.Errorf("b's last message: %+v", m)
+	}
 	if status, code := b.lite(nil); status != 403 || code != wire.CodeNodeRevoked {
 		t.Errorf("map request: %d %s", status, code)
 	}

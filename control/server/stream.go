@@ -39,6 +39,7 @@ type pending struct {
 	derp   bool
 	ended  bool
 	code   wire.ErrorCode // why it ended, "" = replaced
+	last   *wire.Node     // with code: what the node is to think of itself, nil = as before
 }
 
 func newStream(id wire.NodeID, c *client) *stream {
@@ -148,7 +149,7 @@ func (s *Server) collect(st *stream) (n news) {
 	st.pending = pending{}
 	me := s.nodes.byID[st.id]
 	if p.ended || me == nil {
-		n.ended, n.code = true, p.code
+		n.ended, n.code, n.self = true, p.code, p.last
 		if p.code != wire.CodeNodeKeyExpired || me == nil {
 			return n
 		}
@@ -267,6 +268,10 @@ func (st *stream) messages(n news) (out []*response, err error) {
 	}
 	if n.ended && n.code != "" {
 		end := new(response)
+		if n.code == wire.CodeNodeRevoked && len(out) > 0 {
+			end = out[0] // which our nodes take for what the code says
+			out = nil
+		}
 		end.MeshCode = n.code
 		out = append(out, end)
 	}
