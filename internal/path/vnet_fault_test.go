@@ -2,7 +2,9 @@ package path_test
 
 import (
 	"net/netip"
+	"runtime"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"mesh/internal/path"
@@ -40,29 +42,33 @@ func settled(t *testing.T, a, b *agent, direct bool) {
 // recovery is how a pair got over a fault.
 type recovery struct {
 	gap    time.Duration // the longest time that either heard nothing
-	direct time.Duration // until both were direct again; watch if they were not
+	direct time.Duration // until both heard the other directly, for good
 	moved  int           // how often either had another direct path, or none
 }
 
 // watch lets a pair talk after a fault.
 func watch(a, b *agent, d time.Duration) (r recovery) {
 	began := time.Now()
-	r.direct = d
 	was := [2]netip.AddrPort{a.Status(b.key).Direct, b.Status(a.key).Direct}
 	talkUntil(a, b, d, dataLen, func() bool {
 		if is := [2]netip.AddrPort{a.Status(b.key).Direct, b.Status(a.key).Direct}; is != was {
 			was = is
 			r.moved++
 		}
-		if !bothDirect(a, b) {
-			r.direct = d
-		} else if r.direct == d {
+		if a.silence(b) > 3*every || b.silence(a) > 3*every {
 			r.direct = time.Since(began)
 		}
 		return false
 	})
 	r.gap = max(a.gapFrom(b), b.gapFrom(a))
 	return r
+}
+
+// silence is how long nothing came from a peer directly.
+func (a *agent) silence(from *agent) time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return time.Since(a.flowLocked(from.key).udp)
 }
 
 // within logs a time to recover and fails when it is more than ten times the
@@ -355,14 +361,100 @@ func TestVnetMTU(t *testing.T) {
 	}
 }
 
+// Whoever pauses longer than sessions and mappings live is heard at once when
+// it goes on.
+func TestVnetPause(t *testing.T) {
+	for _, spec := range []vnet.NAT{vnet.Home(), vnet.Symmetric()} {
+		for _, pause := range []time.Duration{20 * time.Second, time.Minute, 150 * time.Second, 5 * time.Minute} {
+			inWorld(t, 1, func(t *testing.T, w *world) {
+				a, b := w.home("a", spec), w.home("b", vnet.AddressRestricted())
+				settled(t, a.agent, b.agent, true)
+				time.Sleep(pause)
+				a.say(b.agent, dataLen) // a alone at first
+				time.Sleep(300 * time.Millisecond)
+				if d := b.silenceAtAll(a.agent); d > 300*time.Millisecond {
+					t.Errorf("after %v: nothing heard", pause)
+				}
+				a.resetGap(b.agent)
+				b.resetGap(a.agent)
+				r := watch(a.agent, b.agent, 10*time.Second)
+				within(t, "pause of "+pause.String()+": direct again", r.direct, 1500*time.Millisecond)
+			})
+		}
+	}
+}
+
+// silenceAtAll is how long nothing came from a peer.
+func (a *agent) silenceAtAll(from *agent) time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return time.Since(a.flowLocked(from.key).last)
+}
+
+// Agents of all kinds in two regions, each talking to each: everybody is
+// heard all the time, also while one after the other moves.
+func TestVnetCrowd(t *testing.T) {
+	inWorld(t, 2, func(t *testing.T, w *world) {
+		var all []*agent
+		for _, k := range kinds {
+			all = append(all, w.agent(k.name, k.make(w.n)))
+		}
+		only6 := w.n.NAT(vnet.NAT{NoIPv4: true, IPv6: vnet.FirewalledIPv6})
+		all = append(all, w.agent("six", only6.Host()))
+		time.Sleep(time.Second)
+		round := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(5 * every) {
+				for _, a := range all {
+					for _, b := range all {
+						if a != b {
+							a.say(b, dataLen)
+						}
+					}
+				}
+			}
+			synctest.Wait()
+		}
+		check := func(what string, most time.Duration) {
+			t.Helper()
+			direct := 0
+			for i, a := range all {
+				for _, b := range all[i+1:] {
+					if gap := max(a.gapFrom(b), b.gapFrom(a)); gap > most {
+						t.Errorf("%s: %s and %s: nothing for %v: %s", what, a.name, b.name, gap, how(a, b))
+					}
+					a.resetGap(b)
+					b.resetGap(a)
+					if bothDirect(a, b) {
+						direct++
+					}
+				}
+			}
+			t.Logf("%s: %d of %d pairs direct", what, direct, len(all)*(len(all)-1)/2)
+		}
+		round(10 * time.Second)
+		check("at first", time.Second)
+		all[4].host.Move(w.n.NAT(vnet.Home()))
+		round(10 * time.Second)
+		check("one moved", 10*time.Second)
+		w.relays[1].kill()
+		round(10 * time.Second)
+		check("the nearer relay died", 20*time.Second)
+	})
+}
+
 // After ten idle minutes a pair costs nothing: no datagram but what keeps the
 // home relay, no mapping, no peer.
 func TestVnetIdle(t *testing.T) {
 	inWorld(t, 2, func(t *testing.T, w *world) {
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
-		before := w.n.Stats()
+		synctest.Wait()
+		before, goroutines := w.n.Stats(), runtime.NumGoroutine()
 		settled(t, a.agent, b.agent, true)
 		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if k := runtime.NumGoroutine(); k > goroutines {
+			t.Errorf("%d goroutines, %d before", k, goroutines)
+		}
 		if st := a.Status(b.key); st != (path.PeerStatus{}) {
 			t.Errorf("a peer is left: %+v", st)
 		}

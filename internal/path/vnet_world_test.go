@@ -197,6 +197,7 @@ type flow struct {
 	gap     time.Duration
 	direct  int
 	relayed int
+	udp     time.Time // arrival of the last directly
 }
 
 // agent starts a path on a host and waits until it is ready.
@@ -341,6 +342,7 @@ func (a *agent) receive(src path.Source, datagrams [][]byte) {
 			now := time.Now()
 			if src.Addr.IsValid() {
 				f.direct++
+				f.udp = now
 			} else {
 				f.relayed++
 			}

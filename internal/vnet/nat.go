@@ -147,10 +147,10 @@ type table struct {
 	rng    *rand.Rand
 	in     map[inner]*mapping
 	out    map[outer]*mapping
-	fixed  map[outer]*mapping // by port mapping protocols; remote is zero
-	avoid  map[uint16]bool    // ports not to be preserved
-	next   uint16             // of SequentialPort
-	sweepN int                // entries at which the next sweep is due
+	fixed  map[outer]*mapping        // by port mapping protocols; remote is zero
+	moved  map[netip.AddrPort]uint16 // by local endpoint: what stands for the port to be preserved
+	next   uint16                    // of SequentialPort
+	sweepN int                       // entries at which the next sweep is due
 }
 
 // inner is the key of a mapping as seen from inside, outer as seen from
@@ -278,7 +278,7 @@ func (t *table) outgoing(proto Proto, local, remote netip.AddrPort, now time.Tim
 		m = nil
 	}
 	if m == nil {
-		port, ok := t.choose(proto, local.Port(), mapped.part(remote), now)
+		port, ok := t.choose(proto, local, mapped.part(remote), now)
 		if !ok {
 			return 0, false
 		}
@@ -294,13 +294,19 @@ func (t *table) outgoing(proto Proto, local, remote netip.AddrPort, now time.Tim
 }
 
 // choose picks the port of a new mapping.
-func (t *table) choose(proto Proto, local uint16, remote netip.AddrPort, now time.Time) (uint16, bool) {
+func (t *table) choose(proto Proto, local, remote netip.AddrPort, now time.Time) (uint16, bool) {
 	how := t.Ports
 	if proto == TCP && how == SequentialPort {
 		how = RandomPort
 	}
-	if how == PreservePort && !t.avoid[local] && t.free(outer{proto, local, remote}, now) {
-		return local, true
+	if how == PreservePort {
+		port := local.Port()
+		if p, ok := t.moved[local]; ok && proto == UDP {
+			port = p
+		}
+		if t.free(outer{proto, port, remote}, now) {
+			return port, true
+		}
 	}
 	for range 1 << 12 {
 		port := uint16(firstNATPort + t.rng.IntN(1<<16-firstNATPort))

@@ -213,20 +213,20 @@ func (r *Router) Flush() {
 	clear(r.flows)
 }
 
-// Rebind forgets all UDP mappings and gives others to the same hosts from now
-// on, whatever the NAT preserves.
+// Rebind forgets all UDP mappings and gives others to the same sockets from now
+// on: where the NAT preserves ports, another port stands for each.
 func (r *Router) Rebind() {
 	r.n.mu.Lock()
 	defer r.n.mu.Unlock()
-	avoid := make(map[uint16]bool)
-	for _, m := range r.nat.in {
+	t := r.nat
+	moved := make(map[netip.AddrPort]uint16)
+	for _, m := range t.in {
 		if m.inner.proto == UDP {
-			avoid[m.inner.local.Port()] = true
-			avoid[m.outer.port] = true
-			r.nat.remove(m)
+			moved[m.inner.local] = uint16(firstNATPort + t.rng.IntN(1<<16-firstNATPort))
+			t.remove(m)
 		}
 	}
-	r.nat.avoid = avoid
+	t.moved = moved
 }
 
 // NewWAN gives the router another public IPv4 address and returns it. Mappings
