@@ -1,0 +1,153 @@
+package netcheck
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+)
+
+// Write prints the report for people.
+func (r *Report) Write(w io.Writer) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, text string) { fmt.Fprintf(t, "%s\t%s\n", name, text) }
+	line("udp", say(r.UDP, "works", "blocked: nodes are reached by relay only", "not known: no relay could be asked"))
+	line("ipv4", r.IPv4.text())
+	line("ipv6", r.IPv6.text())
+	line("nat", r.natText())
+	line("hairpin", say(r.Hairpin, "works", "does not work: hosts behind this NAT do not reach each other by its public address", "not known"))
+	line("port mapping", r.PortMapping.text())
+	line("captive portal", say(r.CaptivePortal, "yes: somebody answers in the relays' name; log in to this network", "no", "not known: no relay offers the check"))
+	line("home relay", r.homeText())
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if len(r.Regions) == 0 {
+		return nil
+	}
+	https := false
+	for _, g := range r.Regions {
+		https = https || g.HTTPS != 0 || g.Error != ""
+	}
+	header := []string{"RELAY", "CODE", "NAME", "IPV4", "IPV6"}
+	if https {
+		header = append(header, "HTTPS")
+	}
+	fmt.Fprintln(w)
+	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, strings.Join(header, "\t"))
+	for _, g := range r.Regions {
+		cells := []string{fmt.Sprint(g.ID), plain(g.Code), plain(g.Name), g.V4.cell(), g.V6.cell()}
+		if https && g.Error != "" {
+			cells = append(cells, plain(g.Error))
+		} else if https {
+			cells = append(cells, g.HTTPS.cell())
+		}
+		fmt.Fprintln(t, strings.Join(cells, "\t"))
+	}
+	return t.Flush()
+}
+
+func say(b *bool, yes, no, unknown string) string {
+	switch {
+	case b == nil:
+		return unknown
+	case *b:
+		return yes
+	}
+	return no
+}
+
+func (f Family) text() string {
+	if f.Global.IsValid() {
+		return "works, seen as " + f.Global.String()
+	}
+	if !f.Available {
+		return "none: no interface has an address that leads anywhere"
+	}
+	return say(f.Works, "works", "no answer by UDP", "not known: no relay has an address of it")
+}
+
+func (r *Report) natText() string {
+	switch {
+	case r.NAT == nil:
+		return "not known"
+	case !*r.NAT:
+		return "none: others see this host's own address"
+	}
+	return "yes, " + say(r.MappingVaries,
+		"and it maps differently for each destination: direct paths are hard",
+		"and it maps alike for all destinations: direct paths are easy",
+		"of unknown kind: that takes the answers of two relays")
+}
+
+func (p *PortMapping) text() string {
+	switch {
+	case p == nil:
+		return "not asked"
+	case p.Error != "":
+		return "none: " + plain(p.Error)
+	}
+	var speaks []string
+	for _, s := range []struct {
+		ok   bool
+		name string
+	}{{p.PCP, "PCP"}, {p.PMP, "NAT-PMP"}, {p.UPnP, "UPnP"}} {
+		if s.ok {
+			speaks = append(speaks, s.name)
+		}
+	}
+	if len(speaks) == 0 {
+		return "none: the gateway speaks neither PCP nor NAT-PMP nor UPnP"
+	}
+	text := strings.Join(speaks, ", ")
+	if p.External.IsValid() {
+		text += ", external address " + p.External.String()
+		if p.External.IsPrivate() {
+			text += " (behind another NAT)"
+		}
+	}
+	return text
+}
+
+func (r *Report) homeText() string {
+	if r.Preferred == 0 {
+		return "none: no relay answered"
+	}
+	for _, g := range r.Regions {
+		if g.ID != r.Preferred {
+			continue
+		}
+		text := fmt.Sprintf("%d", g.ID)
+		if g.Name != "" || g.Code != "" {
+			text += " " + plain(strings.TrimSpace(g.Name+" "+"("+g.Code+")"))
+		}
+		if l := g.Best(); l > 0 {
+			return text + ", " + l.String()
+		}
+		return text + ", which does not answer now"
+	}
+	return fmt.Sprint(r.Preferred)
+}
+
+// cell is a latency in a table.
+func (l Latency) cell() string {
+	if l == 0 {
+		return "-"
+	}
+	return l.String()
+}
+
+// plain replaces what would disturb a terminal: names come from elsewhere.
+func plain(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r >= '\u202a' && r <= '\u202e' {
+			return '?'
+		}
+		return r
+	}, s)
+	if s == "" {
+		return "-"
+	}
+	return s
+}
