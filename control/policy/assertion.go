@@ -351,7 +351,9 @@ func (t *tester) user(ref userRef) (User, bool) {
 // the same selector.
 func (c *Compiled) eachOf(s *selector, f func(n *node)) {
 	if set := c.bySel[*s]; set != nil {
-		set.nodes.each(func(slot int) { f(c.slots[slot]) })
+		for _, slot := range set.nodes {
+			f(c.slots[slot])
+		}
 		return
 	}
 	for _, n := range c.slots {

@@ -40,35 +40,49 @@ func (n *Node) equal(o *Node) bool {
 // nodes at a cost that depends on who can talk to them, not on the size of the
 // mesh. It is not safe for concurrent use, not even for reading.
 //
-// Node sets are bit sets over slots, one slot for each node. Each selector knows
-// the nodes that it matches, whether by name, by address or by a route.
+// Node sets are lists of slots, one slot for each node. Each selector knows the
+// nodes that it matches, whether by name, by address or by a route.
 type Compiled struct {
 	policy *Policy // nil: nothing is allowed
-	sels   []*selSet
 	bySel  map[selector]*selSet
 	users  map[userRef][]*selSet // those that match the user: its own, and groups
 	nets   []*selSet             // of networks
 	vias   []*selSet             // of networks behind routers with a tag
 	noVia  bool                  // no grant says which way to go
 	rules  []rule
+	lists  map[string]*srcList
+	fresh  []*selSet // made by the last build
+	nextID int       // of selSets and srcLists: none is given twice
 
 	nodes   map[wire.NodeID]*node
 	slots   []*node // nil where free
 	free    []int
-	byUser  map[userRef]*bitset // untagged nodes
+	byUser  map[userRef]*nodeSet // untagged nodes
+	byEmail map[userRef]*nodeSet // of those with an address beside the name
+	byTag   map[string]*nodeSet
 	byAddr  map[netip.Addr]*node
-	routers map[netip.Prefix]*bitset // of each approved route
+	twice   map[netip.Addr]bool       // addresses that several nodes have, for a moment
+	routers map[netip.Prefix]*nodeSet // of each approved route
+
+	collection
 }
 
 // selSet is a selector with the nodes that it matches.
 type selSet struct {
 	selector
 	id    int
-	nodes bitset
+	nodes nodeSet
 	inSrc []*srcList // source lists that it is part of
 	dstOf []*srcList // source lists with a rule that has it as destination
 	dsts  []dstRef
 	attrs []int // entries of "nodeAttrs" that have it as target
+	stamp int   // of a collection that has seen it
+	used  bool  // by the policy
+
+	// addrs are the addresses of the nodes where the selector names nodes. They
+	// follow changes once they were asked for, until stale.
+	addrs []addrRange
+	stale bool
 }
 
 // dstRef names a destination of a rule.
@@ -76,13 +90,13 @@ type dstRef struct{ rule, dst int }
 
 // srcList is a list of sources; rules with equal lists share it.
 type srcList struct {
-	id   int
-	sels []*selSet
-	dsts []*selSet // of all its rules
+	id    int
+	sels  []*selSet
+	dsts  []*selSet // of all its rules
+	stamp int       // of a collection that has seen it
 
 	// What follows is a cache, void when a node of one of the selectors changed.
 	valid  bool
-	nodes  bitset
 	ranges []addrRange
 	text   []string
 }
@@ -105,11 +119,11 @@ func Compile(p *Policy, nodes []Node) *Compiled {
 	c := &Compiled{
 		noVia: true,
 		bySel: make(map[selector]*selSet), users: make(map[userRef][]*selSet),
-		nodes: make(map[wire.NodeID]*node), byUser: make(map[userRef]*bitset),
-		routers: make(map[netip.Prefix]*bitset), byAddr: make(map[netip.Addr]*node),
+		nodes: make(map[wire.NodeID]*node), byUser: make(map[userRef]*nodeSet),
+		routers: make(map[netip.Prefix]*nodeSet), byAddr: make(map[netip.Addr]*node),
+		twice: make(map[netip.Addr]bool), byTag: make(map[string]*nodeSet), byEmail: make(map[userRef]*nodeSet),
 	}
 	if p != nil {
-		c.policy = p
 		c.build(p)
 	}
 	for _, n := range nodes {
@@ -122,8 +136,10 @@ func Compile(p *Policy, nodes []Node) *Compiled {
 	return c
 }
 
-// build turns selectors into sets, of which each distinct one exists once.
+// build turns selectors into sets, of which each distinct one exists once. Sets
+// and lists of sources that exist already stay, with what they know.
 func (c *Compiled) build(p *Policy) {
+	c.policy, c.rules, c.fresh = p, nil, nil
 	lists := make(map[string]*srcList)
 	type pair struct{ src, dst int }
 	seen := make(map[pair]bool)
@@ -142,20 +158,29 @@ func (c *Compiled) build(p *Policy) {
 		}
 		c.rules = append(c.rules, r)
 	}
+	c.lists = lists
 	for i := range p.attrs {
 		for _, t := range p.attrs[i].targets {
 			s := c.selSet(p, *t)
 			s.attrs = append(s.attrs, i)
 		}
 	}
+	c.noVia = true
+	for _, s := range c.bySel {
+		if s.used && (s.kind == kindVia || s.kind == kindViaNet) {
+			c.noVia = false
+		}
+	}
 }
 
 func (c *Compiled) selSet(p *Policy, sel selector) *selSet {
 	if s := c.bySel[sel]; s != nil {
+		s.used = true
 		return s
 	}
-	s := &selSet{selector: sel, id: len(c.sels)}
-	c.sels = append(c.sels, s)
+	s := &selSet{selector: sel, id: c.nextID, stale: true, used: true}
+	c.nextID++
+	c.fresh = append(c.fresh, s)
 	c.bySel[sel] = s
 	switch sel.kind {
 	case kindUser:
@@ -168,9 +193,6 @@ func (c *Compiled) selSet(p *Policy, sel selector) *selSet {
 		c.nets = append(c.nets, s)
 	case kindVia:
 		c.vias = append(c.vias, s)
-		c.noVia = false
-	case kindViaNet:
-		c.noVia = false
 	}
 	return s
 }
@@ -188,7 +210,11 @@ func (c *Compiled) srcList(p *Policy, srcs []*selector, lists map[string]*srcLis
 	}
 	l := lists[key.String()]
 	if l == nil {
-		l = &srcList{id: len(lists), sels: sels}
+		if l = c.lists[key.String()]; l == nil {
+			l = &srcList{id: c.nextID, sels: sels}
+			c.nextID++
+		}
+		l.dsts = nil
 		lists[key.String()] = l
 		for _, s := range sels {
 			s.inSrc = append(s.inSrc, l)
@@ -291,23 +317,25 @@ func (c *Compiled) link(n *node) {
 	c.slots[n.slot] = n
 	for _, s := range n.sels {
 		s.nodes.add(n.slot)
+		s.addAddrs(n.Addrs)
 		s.changed()
 	}
+	for _, t := range n.Tags {
+		index(c.byTag, t, n.slot)
+	}
 	if n.user != "" {
-		if c.byUser[n.user] == nil {
-			c.byUser[n.user] = new(bitset)
-		}
-		c.byUser[n.user].add(n.slot)
+		index(c.byUser, n.user, n.slot)
+		index(c.byEmail, canonicalUser(n.Email), n.slot)
 	}
 	for _, a := range n.Addrs {
+		if o := c.byAddr[a]; o != nil && o != n {
+			c.twice[a] = true
+		}
 		c.byAddr[a] = n
 	}
 	for _, r := range n.Routes {
 		if !isDefault(r) {
-			if c.routers[r] == nil {
-				c.routers[r] = new(bitset)
-			}
-			c.routers[r].add(n.slot)
+			index(c.routers, r, n.slot)
 		}
 	}
 }
@@ -316,24 +344,64 @@ func (c *Compiled) link(n *node) {
 func (c *Compiled) unlink(n *node) {
 	for _, s := range n.sels {
 		s.nodes.remove(n.slot)
+		s.removeAddrs(n.Addrs)
 		s.changed()
 	}
+	for _, t := range n.Tags {
+		unindex(c.byTag, t, n.slot)
+	}
 	if n.user != "" {
-		c.byUser[n.user].remove(n.slot)
+		unindex(c.byUser, n.user, n.slot)
+		unindex(c.byEmail, canonicalUser(n.Email), n.slot)
 	}
 	for _, a := range n.Addrs {
-		if c.byAddr[a] == n {
+		if c.twice[a] {
+			c.shared(n, a)
+		} else {
 			delete(c.byAddr, a)
 		}
 	}
 	for _, r := range n.Routes {
-		if routers := c.routers[r]; routers != nil {
-			if routers.remove(n.slot); routers.empty() {
-				delete(c.routers, r)
-			}
-		}
+		unindex(c.routers, r, n.slot)
 	}
 	delete(c.nodes, n.ID)
+}
+
+// index adds a slot to the set of a key.
+func index[K comparable](m map[K]*nodeSet, k K, slot int) {
+	if m[k] == nil {
+		m[k] = new(nodeSet)
+	}
+	m[k].add(slot)
+}
+
+func unindex[K comparable](m map[K]*nodeSet, k K, slot int) {
+	if s := m[k]; s != nil {
+		if s.remove(slot); len(*s) == 0 {
+			delete(m, k)
+		}
+	}
+}
+
+// shared takes from a node an address that others have, too: that happens while
+// an address moves, and is slow.
+func (c *Compiled) shared(n *node, a netip.Addr) {
+	delete(c.byAddr, a)
+	holders := 0
+	for _, o := range c.nodes {
+		if o != n && slices.Contains(o.Addrs, a) {
+			if x := c.byAddr[a]; x == nil || o.ID < x.ID {
+				c.byAddr[a] = o
+			}
+			holders++
+		}
+	}
+	if holders < 2 {
+		delete(c.twice, a)
+	}
+	for _, s := range n.sels {
+		s.stale = true
+	}
 }
 
 func (c *Compiled) release(n *node) {
@@ -341,131 +409,11 @@ func (c *Compiled) release(n *node) {
 	c.free = append(c.free, n.slot)
 }
 
-// changed voids what was computed from the selector's nodes.
-func (s *selSet) changed() {
-	for _, l := range s.inSrc {
-		l.valid = false
-	}
-}
-
-// fill brings the cache of a source list up to date.
-func (l *srcList) fill(c *Compiled) {
-	if l.valid {
-		return
-	}
-	l.valid = true
-	l.nodes, l.ranges, l.text = nil, nil, nil
-	anywhere := false
-	var named bitset // nodes meant by name: their addresses are sources
-	for _, s := range l.sels {
-		l.nodes.or(s.nodes)
-		switch s.kind {
-		case kindPrefix:
-			l.ranges = append(l.ranges, rangeOf(s.prefix))
-		case kindAll:
-			l.ranges = append(l.ranges, meshRanges...)
-			s.nodes.each(func(slot int) {
-				for _, r := range c.slots[slot].Routes {
-					if !isDefault(r) {
-						l.ranges = append(l.ranges, rangeOf(r))
-					}
-				}
-			})
-		case kindAnywhere:
-			anywhere = true
-			l.ranges = append(l.ranges, everywhere...)
-		default:
-			named.or(s.nodes)
-		}
-	}
-	l.ranges = merge(c.addrs(l.ranges, named))
-	if l.text = texts(l.ranges); anywhere {
-		l.text = []string{"*"}
-	}
-}
-
-// addrs appends the addresses of nodes.
-func (c *Compiled) addrs(list []addrRange, nodes bitset) []addrRange {
-	nodes.each(func(slot int) {
-		for _, a := range c.slots[slot].Addrs {
-			list = append(list, addrRange{a, a})
-		}
-	})
-	return list
-}
-
-func texts(list []addrRange) []string {
-	out := make([]string, len(list))
-	for i, r := range list {
-		out[i] = r.String()
-	}
-	return out
-}
-
-// self returns the nodes of n's owner among the sources.
-func (l *srcList) self(c *Compiled, n *node) bitset {
-	l.fill(c)
-	var own bitset
-	if n.user != "" {
-		own.orAnd(l.nodes, *c.byUser[n.user])
-	}
-	return own
-}
-
-// neighbours returns the nodes that may begin to talk to n or n to them,
-// n itself included where it may talk to itself.
-func (c *Compiled) neighbours(n *node) bitset {
-	var out bitset
-	lists := make(map[*srcList]bool)
-	for _, s := range n.sels {
-		for _, l := range s.inSrc {
-			if lists[l] {
-				continue
-			}
-			lists[l] = true
-			for _, d := range l.dsts {
-				if d.kind != kindSelf {
-					out.or(d.nodes)
-				} else if n.user != "" {
-					out.or(*c.byUser[n.user])
-				}
-			}
-		}
-	}
-	clear(lists)
-	for _, s := range n.sels {
-		for _, l := range s.dstOf {
-			switch {
-			case s.kind == kindSelf:
-				out.or(l.self(c, n))
-			case !lists[l]:
-				lists[l] = true
-				l.fill(c)
-				out.or(l.nodes)
-			}
-		}
-	}
-	return out
-}
-
-// audience returns the nodes that are told something else when n changes: its
-// neighbours, and other routers of its networks, to which another one is in
-// charge then.
-func (c *Compiled) audience(n *node) bitset {
-	out := c.neighbours(n)
-	for _, r := range n.Routes {
-		if routers := c.routers[r]; routers != nil {
-			out.or(*routers)
-		}
-	}
-	return out
-}
-
 // Upsert adds a node, or changes the one with that ID. It returns, sorted, the
 // nodes whose filter, peers or routes may differ from before, the node itself
 // included; none if nothing that policies ask about has changed.
 func (c *Compiled) Upsert(n Node) (affected []wire.NodeID) {
-	var touched bitset
+	c.begin()
 	r := c.nodes[n.ID]
 	if r == nil {
 		r = c.newNode(n)
@@ -473,15 +421,16 @@ func (c *Compiled) Upsert(n Node) (affected []wire.NodeID) {
 		if r.Node.equal(&n) {
 			return nil
 		}
-		touched = c.audience(r)
+		c.audience(r)
 		c.unlink(r)
 		r.Node = n
 		c.match(r)
 	}
 	c.link(r)
-	touched.or(c.audience(r))
-	touched.add(r.slot)
-	return c.ids(touched)
+	c.again()
+	c.audience(r)
+	c.collect(r.slot)
+	return c.ids(-1)
 }
 
 // Remove forgets a node and returns, sorted, the others that could talk to it.
@@ -490,29 +439,10 @@ func (c *Compiled) Remove(id wire.NodeID) (affected []wire.NodeID) {
 	if r == nil {
 		return nil
 	}
-	touched := c.audience(r)
-	touched.remove(r.slot)
+	c.begin()
+	c.audience(r)
+	affected = c.ids(r.slot)
 	c.unlink(r)
-	affected = c.ids(touched)
 	c.release(r)
 	return affected
-}
-
-func (c *Compiled) ids(nodes bitset) []wire.NodeID {
-	var out []wire.NodeID
-	nodes.each(func(slot int) { out = append(out, c.slots[slot].ID) })
-	slices.Sort(out)
-	return out
-}
-
-// Visible returns, sorted, the peers that the node may know: those that may talk
-// to it and those that it may talk to.
-func (c *Compiled) Visible(id wire.NodeID) []wire.NodeID {
-	n := c.nodes[id]
-	if n == nil {
-		return nil
-	}
-	out := c.neighbours(n)
-	out.remove(n.slot)
-	return c.ids(out)
 }

@@ -157,14 +157,6 @@ func sortedRefs(sels []*selSet) []dstRef {
 	return refs
 }
 
-func (c *Compiled) sources(l *srcList, n *node, self bool) []string {
-	if self {
-		return texts(merge(c.addrs(nil, l.self(c, n))))
-	}
-	l.fill(c)
-	return l.text
-}
-
 // dstIPs returns the destinations of filter rules that a selector means at n.
 func (s *selSet) dstIPs(n *node) []string {
 	switch s.kind {

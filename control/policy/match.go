@@ -68,8 +68,7 @@ func (p *party) named(s *selSet, a netip.Addr) bool {
 	if p.n == nil || a.IsValid() && !slices.Contains(p.n.Addrs, a) {
 		return false
 	}
-	_, ok := slices.BinarySearchFunc(p.n.sels, s, func(x, y *selSet) int { return x.id - y.id })
-	return ok
+	return p.n.in(s)
 }
 
 // source returns the selector of the list that means the party's address.

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"math/bits"
 	"net/netip"
 	"slices"
 )
@@ -71,59 +70,70 @@ var meshRanges = []addrRange{
 // everywhere is all addresses.
 var everywhere = []addrRange{rangeOf(netip.MustParsePrefix("0.0.0.0/0")), rangeOf(netip.MustParsePrefix("::/0"))}
 
-// bitset is a set of small numbers.
-type bitset []uint64
-
-func (b *bitset) add(i int) {
-	for len(*b) <= i>>6 {
-		*b = append(*b, 0)
-	}
-	(*b)[i>>6] |= 1 << (i & 63)
+// at returns the place of the first range that ends at a or behind it.
+func at(list []addrRange, a netip.Addr) int {
+	i, _ := slices.BinarySearchFunc(list, a, func(r addrRange, a netip.Addr) int { return r.last.Compare(a) })
+	return i
 }
 
-func (b bitset) remove(i int) {
-	if i>>6 < len(b) {
-		b[i>>6] &^= 1 << (i & 63)
+// insertAddr adds an address to merged ranges.
+func insertAddr(list []addrRange, a netip.Addr) []addrRange {
+	i := at(list, a)
+	if i < len(list) && list[i].contains(a) {
+		return list
+	}
+	joins := i > 0 && list[i-1].last.BitLen() == a.BitLen() && list[i-1].last.Next() == a
+	precedes := i < len(list) && list[i].first.BitLen() == a.BitLen() && a.Next() == list[i].first
+	switch {
+	case joins && precedes:
+		list[i-1].last = list[i].last
+		return slices.Delete(list, i, i+1)
+	case joins:
+		list[i-1].last = a
+	case precedes:
+		list[i].first = a
+	default:
+		return slices.Insert(list, i, addrRange{a, a})
+	}
+	return list
+}
+
+// removeAddr takes an address out of merged ranges.
+func removeAddr(list []addrRange, a netip.Addr) []addrRange {
+	i := at(list, a)
+	if i == len(list) || !list[i].contains(a) {
+		return list
+	}
+	switch r := list[i]; {
+	case r.first == r.last:
+		return slices.Delete(list, i, i+1)
+	case r.first == a:
+		list[i].first = a.Next()
+	case r.last == a:
+		list[i].last = a.Prev()
+	default:
+		list[i].last = a.Prev()
+		return slices.Insert(list, i+1, addrRange{a.Next(), r.last})
+	}
+	return list
+}
+
+// nodeSet is a sorted list of slots.
+type nodeSet []int32
+
+func (s *nodeSet) add(slot int) {
+	x := int32(slot)
+	if n := len(*s); n == 0 || (*s)[n-1] < x {
+		*s = append(*s, x)
+		return
+	}
+	if i, ok := slices.BinarySearch(*s, x); !ok {
+		*s = slices.Insert(*s, i, x)
 	}
 }
 
-func (b bitset) has(i int) bool { return i>>6 < len(b) && b[i>>6]>>(i&63)&1 != 0 }
-
-func (b bitset) empty() bool {
-	for _, w := range b {
-		if w != 0 {
-			return false
-		}
-	}
-	return true
-}
-
-// or adds all of o.
-func (b *bitset) or(o bitset) {
-	for len(*b) < len(o) {
-		*b = append(*b, 0)
-	}
-	for i, w := range o {
-		(*b)[i] |= w
-	}
-}
-
-// orAnd adds what is in both x and y.
-func (b *bitset) orAnd(x, y bitset) {
-	n := min(len(x), len(y))
-	for len(*b) < n {
-		*b = append(*b, 0)
-	}
-	for i := range n {
-		(*b)[i] |= x[i] & y[i]
-	}
-}
-
-// each calls f for every member in ascending order.
-func (b bitset) each(f func(i int)) {
-	for i, w := range b {
-		for ; w != 0; w &= w - 1 {
-			f(i<<6 + bits.TrailingZeros64(w))
-		}
+func (s *nodeSet) remove(slot int) {
+	if i, ok := slices.BinarySearch(*s, int32(slot)); ok {
+		*s = slices.Delete(*s, i, i+1)
 	}
 }

@@ -61,15 +61,15 @@ func (c *Compiled) first(r netip.Prefix, tags []string) *node {
 		return nil
 	}
 	var best *node
-	routers.each(func(slot int) {
+	for _, slot := range *routers {
 		n := c.slots[slot]
 		if len(tags) > 0 && !hasAny(n, tags) {
-			return
+			continue
 		}
 		if best == nil || best.Offline && !n.Offline || best.Offline == n.Offline && n.ID < best.ID {
 			best = n
 		}
-	})
+	}
 	return best
 }
 
