@@ -180,6 +180,24 @@ func TestVnetRoaming(t *testing.T) {
 		within(t, "roaming to where UDP is blocked: gap", watch(a.agent, b.agent, 40*time.Second).gap, 2*time.Second)
 	})
 	inWorld(t, 1, func(t *testing.T, w *world) {
+		w.deaf = true
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.host.Move(w.n.NAT(vnet.Home()))
+		r := watch(a.agent, b.agent, 40*time.Second)
+		within(t, "roaming, found by polling: gap", r.gap, 6*time.Second)
+		within(t, "roaming, found by polling: direct again", r.direct, 10*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) { // at the same moment
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		a.host.Move(w.n.NAT(vnet.Home()))
+		b.host.Move(w.n.NAT(vnet.Home()))
+		r := watch(a.agent, b.agent, 40*time.Second)
+		within(t, "both roam at once: gap", r.gap, 2*time.Second)
+		within(t, "both roam at once: direct again", r.direct, 3*time.Second)
+	})
+	inWorld(t, 1, func(t *testing.T, w *world) {
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Symmetric())
 		settled(t, a.agent, b.agent, false)
 		a.host.Move(w.n.NAT(vnet.Home()))

@@ -424,3 +424,7 @@ func TestRoaming(t *testing.T) {
 		}
 	})
 }
+
+func contextFor(d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), d)
+}
