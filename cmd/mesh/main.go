@@ -39,7 +39,7 @@ type command struct {
 // commands lists all, in the order of the help text.
 func commands() []*command {
 	return []*command{
-		serveCommand, relayCommand, statusCommand,
+		serveCommand, relayCommand, statusCommand, netcheckCommand,
 		keyCreate, keyList, keyRevoke,
 		userCreate, userList, userRemove,
 		nodeList, nodeShow, nodeRename, nodeTag, nodeExpire, nodeRemove,

@@ -11,11 +11,11 @@ import (
 func (r *Report) Write(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(name, text string) { fmt.Fprintf(t, "%s\t%s\n", name, text) }
-	line("udp", say(r.UDP, "works", "blocked: nodes are reached by relay only", "not known: no relay could be asked"))
+	line("udp", r.udpText())
 	line("ipv4", r.IPv4.text())
 	line("ipv6", r.IPv6.text())
 	line("nat", r.natText())
-	line("hairpin", say(r.Hairpin, "works", "does not work: hosts behind this NAT do not reach each other by its public address", "not known"))
+	line("hairpin", r.hairpinText())
 	line("port mapping", r.PortMapping.text())
 	line("captive portal", say(r.CaptivePortal, "yes: somebody answers in the relays' name; log in to this network", "no", "not known: no relay offers the check"))
 	line("home relay", r.homeText())
@@ -58,11 +58,28 @@ func say(b *bool, yes, no, unknown string) string {
 	return no
 }
 
+func (r *Report) udpText() string {
+	blocked := "no answer, nor by HTTPS: the network or all relays are down"
+	for _, g := range r.Regions {
+		if g.HTTPS > 0 {
+			blocked = "blocked: nodes are reached by relay only"
+		}
+	}
+	return say(r.UDP, "works", blocked, "not known: no relay could be asked")
+}
+
+func (r *Report) hairpinText() string {
+	if r.NAT != nil && !*r.NAT {
+		return "not needed without NAT"
+	}
+	return say(r.Hairpin, "works", "does not work: hosts behind this NAT do not reach each other by its public address", "not known")
+}
+
 func (f Family) text() string {
 	if f.Global.IsValid() {
 		return "works, seen as " + f.Global.String()
 	}
-	if !f.Available {
+	if !f.Available && f.Works == nil {
 		return "none: no interface has an address that leads anywhere"
 	}
 	return say(f.Works, "works", "no answer by UDP", "not known: no relay has an address of it")
