@@ -42,13 +42,19 @@ type Config struct {
 	// the nearest regions and the home region only. The preferred relay of the
 	// last one is kept unless another is clearly better.
 	Previous []*Report
+	// HomeAlive says that the connection to the preferred relay of the last
+	// report is known to work: it counts as answering even if STUN is lost.
+	HomeAlive bool
 	// Full makes a full report in any case.
 	Full bool
 	// PortMapping asks the gateway what it speaks; nil = not asked. Only full
 	// reports do.
 	PortMapping func(ctx context.Context) PortMapping
-	// ListenUDP opens a UDP socket; nil means net.ListenConfig. Sources that
-	// ReadFrom returns must be *net.UDPAddr.
+	// ListenUDP opens a UDP socket; nil means net.ListenConfig. It is called
+	// for udp4, for udp6, and by a full report once more for udp4, as a second
+	// host behind the NAT. What it returns is closed at the end, and ReadFrom
+	// must then fail with net.ErrClosed. Sources that it returns must be
+	// *net.UDPAddr.
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	// DialTCP connects to relays; nil means net.Dialer.
 	DialTCP func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -231,7 +237,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("network report: %w", err)
 	}
-	r.Preferred = choose(cfg.Relays, r, cfg.Previous)
+	r.Preferred = choose(cfg.Relays, r, cfg.Previous, cfg.HomeAlive)
 	return r, nil
 }
 

@@ -284,9 +284,19 @@ func TestHome(t *testing.T) {
 		{scored, nil, report(0, 20, 50), 2},                           // 60 against 50
 		{m, []*Report{nil, report(1, 30), nil}, report(0, 30, 29), 1}, //
 	} {
-		if got := choose(test.m, test.now, test.previous); got != test.want {
+		if got := choose(test.m, test.now, test.previous, false); got != test.want {
 			t.Errorf("%d: %d, want %d", i, got, test.want)
 		}
+	}
+	// The connection to home is known to work, but its STUN answers are lost.
+	if got := choose(m, report(0, 0, 15), []*Report{report(1, 20)}, true); got != 1 {
+		t.Errorf("alive: %d", got)
+	}
+	if got := choose(m, report(0, 0, 10), []*Report{report(1, 200)}, true); got != 2 {
+		t.Errorf("alive but far: %d", got)
+	}
+	if got := choose(m, report(0, 0, 10), []*Report{report(7, 1)}, true); got != 2 {
+		t.Errorf("alive but not in the map: %d", got)
 	}
 }
 

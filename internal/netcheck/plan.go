@@ -192,8 +192,8 @@ func isTest(n *wire.DERPNode) bool {
 
 // choose returns the region that should be home: the nearest by the
 // measurements of the last minutes, but the old one as long as that answers
-// and another is not clearly better.
-func choose(m *wire.DERPMap, now *Report, previous []*Report) int {
+// (or is alive all the same) and another is not clearly better.
+func choose(m *wire.DERPMap, now *Report, previous []*Report, alive bool) int {
 	var score map[int]float64
 	if m.HomeParams != nil {
 		score = m.HomeParams.RegionScore
@@ -207,7 +207,6 @@ func choose(m *wire.DERPMap, now *Report, previous []*Report) int {
 		return d
 	}
 	home, nearest := homeOf(previous), 0
-	alive := false
 	for _, g := range now.Regions {
 		if g.Best() == 0 {
 			continue
@@ -217,13 +216,14 @@ func choose(m *wire.DERPMap, now *Report, previous []*Report) int {
 			nearest = g.ID
 		}
 	}
+	inMap := slices.ContainsFunc(measured(m), func(g *wire.DERPRegion) bool { return g.RegionID == home })
 	switch {
 	case nearest == 0: // nobody answered, which says nothing against home
-		if !slices.ContainsFunc(measured(m), func(g *wire.DERPRegion) bool { return g.RegionID == home }) {
+		if !inMap {
 			return 0
 		}
 		return home
-	case alive && (latency(home)-latency(nearest) < homeMargin || latency(nearest) > latency(home)*2/3):
+	case alive && inMap && (latency(home)-latency(nearest) < homeMargin || latency(nearest) > latency(home)*2/3):
 		return home
 	}
 	return nearest

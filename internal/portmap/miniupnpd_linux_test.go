@@ -414,7 +414,9 @@ func (l *lab) testDoubleNAT(t *testing.T) {
 	}()
 	l.daemon(t, "enable_natpmp=yes", "enable_upnp=yes")
 	h := l.host(t, nil)
-	st := h.await(func(st Status) bool { return st.DoubleNAT || st.Err != nil && st.Err != errLooking && st.Err != errNothing })
+	st := h.await(func(st Status) bool {
+		return st.DoubleNAT || st.Err != nil && st.Err != errLooking && st.Err != errNothing
+	})
 	if a, ok := h.Mapping(); ok {
 		t.Errorf("mapping %v, %+v", a, st)
 	}

@@ -141,7 +141,7 @@ func (l *lease) expired(now time.Time) bool {
 	return l.lifetime != 0 && !now.Before(l.expires())
 }
 
-// errs that say why there is no mapping.
+// Why there is no mapping.
 var (
 	errLooking   = errors.New("a mapping is being looked for")
 	errNoGateway = errors.New("no gateway is known")
@@ -487,7 +487,7 @@ func (c *Client) release(l link, le *lease) {
 	case PMP:
 		err = c.releasePMP(ctx, l, le)
 	default:
-		err = c.releaseUPnP(ctx, l, le)
+		err = c.releaseUPnP(ctx, le)
 	}
 	if err != nil {
 		c.log.Debug("port mapping not released; it will expire", zap.Stringer("gateway", l.gw), zap.Error(err))

@@ -297,6 +297,25 @@ func TestNewGateway(t *testing.T) {
 	})
 }
 
+// Without IPv4 the gateway's firewall is asked to let the port through, by PCP
+// alone: the others do not know IPv6.
+func TestIPv6(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(t, PCP, PMP, UPnP)
+		g.gw, g.self = netip.MustParseAddr("fe80::1%eth0"), netip.MustParseAddr("2001:db8::5")
+		g.external = g.self
+		c := start(t, g.config())
+		c.want("[2001:db8::5]:41641")
+		if got := g.took(); c.Status().Protocol != PCP || len(got) != 1 || len(g.dials) != 0 || g.packets > 3 {
+			t.Errorf("%+v, %q, %d packets", c.Status(), got, g.packets)
+		}
+		g.change(func() { g.pcp, g.pmp = false, true })
+		if r, err := c.Probe(t.Context()); err != nil || r != (Result{Gateway: g.gw}) {
+			t.Errorf("%+v, %v", r, err)
+		}
+	})
+}
+
 func TestNewPort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGateway(t, UPnP)

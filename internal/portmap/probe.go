@@ -7,6 +7,8 @@ import (
 	"os"
 	"slices"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 const (
@@ -214,15 +216,15 @@ func (c *Client) noteEpoch(l link, p Protocol, epoch uint32) {
 // describe finds out what a UPnP gateway can do.
 func (c *Client) describe(ctx context.Context, l link, f *finding) {
 	for _, at := range f.locations {
-		list, err := c.fetchServices(ctx, l, at)
+		list, err := c.fetchServices(ctx, at)
 		if err != nil {
-			c.log.Debug("UPnP description", logGateway(l), logErr(err))
+			c.log.Debug("UPnP description", zap.Stringer("gateway", l.gw), zap.Error(err))
 			continue
 		}
 		for _, s := range list {
-			addr, err := c.externalUPnP(ctx, l, s)
+			addr, err := c.externalUPnP(ctx, s)
 			if err != nil {
-				c.log.Debug("UPnP service", logGateway(l), logErr(err))
+				c.log.Debug("UPnP service", zap.Stringer("gateway", l.gw), zap.Error(err))
 				continue
 			}
 			f.services = append(f.services, s)

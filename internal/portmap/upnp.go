@@ -16,8 +16,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"go.uber.org/zap"
 )
 
 // UPnP IGD: the gateway is found by SSDP, describes itself in an XML document
@@ -260,7 +258,7 @@ func (c *Client) call(ctx context.Context, s service, action string, args ...fie
 }
 
 // fetchServices reads a gateway's description.
-func (c *Client) fetchServices(ctx context.Context, l link, at endpoint) ([]service, error) {
+func (c *Client) fetchServices(ctx context.Context, at endpoint) ([]service, error) {
 	status, body, err := c.roundTrip(ctx, at, "", nil)
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", at, err)
@@ -276,7 +274,7 @@ func (c *Client) fetchServices(ctx context.Context, l link, at endpoint) ([]serv
 }
 
 // externalUPnP asks for the gateway's external address.
-func (c *Client) externalUPnP(ctx context.Context, l link, s service) (netip.Addr, error) {
+func (c *Client) externalUPnP(ctx context.Context, s service) (netip.Addr, error) {
 	values, err := c.call(ctx, s, "GetExternalIPAddress")
 	if err != nil {
 		return netip.Addr{}, err
@@ -294,7 +292,7 @@ func (c *Client) mapUPnP(ctx context.Context, l link, port, suggest uint16) (*le
 	if s.kind == "" {
 		return nil, errNothing
 	}
-	addr, err := c.externalUPnP(ctx, l, s)
+	addr, err := c.externalUPnP(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -333,13 +331,10 @@ func (c *Client) addUPnP(ctx context.Context, l link, s service, internal, exter
 	return err
 }
 
-func (c *Client) releaseUPnP(ctx context.Context, l link, le *lease) error {
+func (c *Client) releaseUPnP(ctx context.Context, le *lease) error {
 	_, err := c.call(ctx, le.service, "DeletePortMapping",
 		field{"NewRemoteHost", ""},
 		field{"NewExternalPort", strconv.Itoa(int(le.external.Port()))},
 		field{"NewProtocol", "UDP"})
 	return err
 }
-
-func logGateway(l link) zap.Field { return zap.Stringer("gateway", l.gw) }
-func logErr(err error) zap.Field  { return zap.Error(err) }
