@@ -289,13 +289,14 @@ func TestHome(t *testing.T) {
 		}
 	}
 	// The connection to home is known to work, but its STUN answers are lost.
-	if got := choose(m, report(0, 0, 15), []*Report{report(1, 20)}, true); got != 1 {
+	near, far, gone := report(1, 20), report(1, 200), report(7, 1)
+	if got := choose(m, report(0, 0, 15), []*Report{near}, true); got != 1 {
 		t.Errorf("alive: %d", got)
 	}
-	if got := choose(m, report(0, 0, 10), []*Report{report(1, 200)}, true); got != 2 {
+	if got := choose(m, report(0, 0, 10), []*Report{far}, true); got != 2 {
 		t.Errorf("alive but far: %d", got)
 	}
-	if got := choose(m, report(0, 0, 10), []*Report{report(7, 1)}, true); got != 2 {
+	if got := choose(m, report(0, 0, 10), []*Report{gone}, true); got != 2 {
 		t.Errorf("alive but not in the map: %d", got)
 	}
 }
