@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -204,6 +205,22 @@ func TestExpiryWithdraws(t *testing.T) {
 		if !sourced(nb.filter, self) {
 			t.Fatalf("filter %+v", nb.filter)
 		}
+		relay := make(chan string, 10) // what a relay hears of a
+		defer w.s.Subscribe(func(added, removed []identity.NodePublic) {
+			if slices.Contains(added, a.key.Public()) {
+				relay <- "in"
+			}
+			if slices.Contains(removed, a.key.Public()) {
+				relay <- "out"
+			}
+		})()
+		hears := func(want string) {
+			t.Helper()
+			if got := <-relay; got != want {
+				t.Errorf("a relay hears %q, want %q", got, want)
+			}
+		}
+		hears("in")
 		done := make(chan wire.ErrorCode, 1)
 		go func() { done <- na.end(t) }()
 		nb.until(t, "the expiry", func() bool { return nb.peers[self.ID].Expired })
@@ -214,6 +231,7 @@ func TestExpiryWithdraws(t *testing.T) {
 		if w.s.Admit(a.key.Public()) {
 			t.Error("relays admit it")
 		}
+		hears("out")
 		// A policy that comes now does not let it in either.
 		w.setPolicy(strings.Replace(changePolicy, "tag:b:2", "tag:b:3", 1))
 		nb.until(t, "the policy", func() bool { return nb.policy == 2 })
@@ -231,6 +249,7 @@ func TestExpiryWithdraws(t *testing.T) {
 		if !w.s.Admit(a.key.Public()) {
 			t.Error("relays refuse it")
 		}
+		hears("in")
 		na = a.poll(nil)
 		if na.self.Expired || !na.self.KeyExpiry.IsZero() {
 			t.Errorf("self: %+v", na.self)

@@ -39,6 +39,9 @@ func TestPublicRoutes(t *testing.T) {
 		{"GET", "/v1/status", 404}, // only on the admin socket
 		{"GET", "/v1/keys", 404},
 		{"GET", "/", 404},
+		{"GET", "/login/x", 404},
+		{"GET", "/login/", 404},
+		{"POST", "/login/x", 405},
 	} {
 		rec := httptest.NewRecorder()
 		h.ServeHTTP(rec, httptest.NewRequest(c.method, c.path, strings.NewReader(strings.Repeat("x", 1<<20))))
@@ -53,7 +56,8 @@ func TestInnerRoutes(t *testing.T) {
 	m := w.machine()
 	for path, want := range map[string]int{
 		"/machine/set-dns": 501, "/machine/feature/query": 501, "/machine/id-token": 501, "/machine/audit-log": 501,
-		"/machine/nothing": 404, "/key": 404, "/v1/status": 404,
+		"/machine/set-device-attr": 501, "/machine/update-health": 501, "/machine/tka/init/begin": 404, "/machine/whoami": 404,
+		"/machine/ssh/action/1/to/2": 404, "/machine/nothing": 404, "/key": 404, "/v1/status": 404, "/login/x": 404,
 	} {
 		resp, err := m.post(context.Background(), path, struct{}{})
 		if err != nil {
@@ -249,7 +253,7 @@ func TestLimiterIsBounded(t *testing.T) {
 
 // fuzzMachine serves one request of one machine without network.
 func fuzzMachine(f *testing.F) (*world, *client, identity.NodePublic) {
-	w := newWorld(f, func(c *Config) { c.FailureBurst = 1 << 30 })
+	w := newWorld(f, func(c *Config) { c.FailureBurst, c.BaseURL = 1<<30, loginBase })
 	m := w.machine().join(w.key(store.Key{Reusable: true}))
 	return w, &client{machine: m.machine.Public(), version: wire.CapabilityVersion, known: func() {}}, m.key.Public()
 }
@@ -289,6 +293,7 @@ func FuzzRegisterRequest(f *testing.F) {
 		{Version: 131, NodeKey: key, Expiry: wire.LogoutExpiry},
 		{Version: 131, NodeKey: identity.NewNode().Public(), Auth: &wire.RegisterAuth{AuthKey: good}, Hostinfo: &wire.Hostinfo{Hostname: "x", RequestTags: []string{"tag:a"}}},
 		{Version: 131, NodeKey: identity.NewNode().Public(), OldNodeKey: key},
+		{Version: 131, NodeKey: identity.NewNode().Public(), Followup: loginBase + "/login/x", Hostinfo: &wire.Hostinfo{RequestTags: []string{"tag:a"}}},
 		{Version: 1},
 	} {
 		b, _ := json.Marshal(r)
