@@ -67,6 +67,7 @@ type relaySet struct {
 	events relayEvents
 	now    func() instant
 	wg     sync.WaitGroup
+	home   atomic.Int32 // region by which peers reach us, 0 = none
 
 	mu      sync.RWMutex // guards what follows; taken before relay.mu
 	regions map[int]*relay
@@ -83,7 +84,7 @@ type relay struct {
 	cancel context.CancelFunc
 	kick   chan struct{} // capacity 1; ends a wait between attempts
 	live   atomic.Pointer[liveRelay]
-	used   atomic.Int64 // instant of the last write
+	used   atomic.Int64 // instant of the last write that it should answer
 	heard  atomic.Int64 // instant of the last message
 
 	failing atomic.Bool // not connected, and the last attempt failed
@@ -169,14 +170,27 @@ func (s *relaySet) send(region int, dst identity.NodePublic, datagrams ...[]byte
 	}
 	now := s.now()
 	r.used.Store(int64(now))
-	if l := r.live.Load(); l != nil && l.conn.Send(dst, datagrams...) == nil {
-		if !r.watched.Load() && !r.watched.Swap(true) {
-			s.events.relayWatch(now + relaySilent)
+	if home := int(s.home.Load()); home != region && home != 0 {
+		// The answer comes by our home relay. Nothing that we send there would
+		// show that the connection is dead, as after a NAT got another address.
+		if h := s.get(home); h != nil && h.live.Load() != nil {
+			h.used.Store(int64(now))
+			h.watch(now)
 		}
+	}
+	if l := r.live.Load(); l != nil && l.conn.Send(dst, datagrams...) == nil {
+		r.watch(now)
 		return true
 	}
 	r.wait(dst, datagrams)
 	return true
+}
+
+// watch has somebody look whether the relay still answers.
+func (r *relay) watch(now instant) {
+	if !r.watched.Load() && !r.watched.Swap(true) {
+		r.set.events.relayWatch(now + relaySilent)
+	}
 }
 
 // wait keeps datagrams until there is a connection.
@@ -251,6 +265,7 @@ func (r *relay) start() {
 
 // setKeep says which regions stay connected and which of them is home.
 func (s *relaySet) setKeep(keep map[int]bool, home int) {
+	s.home.Store(int32(home))
 	s.mu.RLock()
 	all := make([]*relay, 0, len(s.regions))
 	for _, r := range s.regions {

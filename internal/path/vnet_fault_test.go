@@ -217,6 +217,105 @@ func TestVnetRoaming(t *testing.T) {
 	})
 }
 
+// Without control, agents tell each other where they are.
+func TestVnetControlDead(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(w *world, a site)
+	}{
+		{"WAN address change", func(_ *world, a site) { a.router.NewWAN() }},
+		{"NAT rebinding", func(_ *world, a site) { a.router.Rebind() }},
+		{"roaming", func(w *world, a site) { a.host.Move(w.n.NAT(vnet.Home())) }},
+	} {
+		inWorld(t, 1, func(t *testing.T, w *world) {
+			a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+			settled(t, a.agent, b.agent, true)
+			w.setMute(true)
+			c.change(w, a)
+			r := watch(a.agent, b.agent, 40*time.Second)
+			within(t, c.name+" without control: gap", r.gap, 2*time.Second)
+			within(t, c.name+" without control: direct again", r.direct, 10*time.Second)
+			if !bothDirect(a.agent, b.agent) {
+				t.Error(how(a.agent, b.agent))
+			}
+		})
+	}
+}
+
+// Mappings that live shortly stay alive while there is traffic, also of one
+// side only.
+func TestVnetShortMappings(t *testing.T) {
+	spec := vnet.Home()
+	spec.Timeout, spec.Unreplied = 10*time.Second, 5*time.Second
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", spec), w.home("b", spec)
+		settled(t, a.agent, b.agent, true)
+		for range 60 {
+			a.say(b.agent, dataLen)
+			time.Sleep(2 * time.Second)
+		}
+		_, direct, relayed := b.heardFrom(a.agent)
+		t.Logf("2 min of one datagram in 2 s, one way: %d direct, %d by relay", direct, relayed)
+		if direct+relayed < 60 || relayed > 3 {
+			t.Error(how(a.agent, b.agent))
+		}
+	})
+}
+
+// A path dies while traffic goes one way only, as in a transfer of datagrams.
+func TestVnetOneWay(t *testing.T) {
+	inWorld(t, 1, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
+		settled(t, a.agent, b.agent, true)
+		one := func(d time.Duration) time.Duration {
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(every) {
+				a.say(b.agent, dataLen)
+			}
+			synctest.Wait()
+			return b.gapFrom(a.agent)
+		}
+		if gap := one(30 * time.Second); gap > 2*every {
+			t.Error("gap", gap)
+		}
+		a.router.SetLink(noUDP(wanLatency, b.router.WAN()))
+		within(t, "path dies under traffic one way", one(30*time.Second), 3*time.Second)
+	})
+}
+
+// Each of a relayed pair is at home in another region.
+func TestVnetTwoHomes(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		fault func(w *world, a site)
+	}{
+		{"a's relay dies", func(w *world, a site) { w.relays[1].kill() }},
+		{"b's relay dies", func(w *world, a site) { w.relays[2].kill() }},
+		// a sends nothing to its own home: nothing that is not answered tells it
+		// that this connection leads nowhere.
+		{"a's WAN address changes", func(w *world, a site) { a.router.NewWAN() }},
+	} {
+		inWorld(t, 2, func(t *testing.T, w *world) {
+			a := w.home("a", vnet.Symmetric())
+			// b is where the other relay is nearer.
+			rb := w.n.NAT(vnet.Symmetric())
+			hb := rb.Host()
+			near := w.relays[1]
+			rb.SetLink(vnet.Link{Latency: wanLatency, Block: []vnet.Match{
+				{Proto: vnet.UDP, Host: netip.PrefixFrom(near.host.Addr(), 32)},
+				{Proto: vnet.UDP, Host: netip.PrefixFrom(near.other.Addr(), 32)},
+			}})
+			b := w.agent("b", hb)
+			settled(t, a.agent, b, false)
+			if a.HomeRegion() != 1 || b.HomeRegion() != 2 {
+				t.Fatal("home", a.HomeRegion(), b.HomeRegion())
+			}
+			c.fault(w, a)
+			r := watch(a.agent, b, 30*time.Second)
+			within(t, "two home regions, "+c.name, r.gap, 2*time.Second)
+		})
+	}
+}
+
 func TestVnetRelayDeath(t *testing.T) {
 	// A pair that cannot be direct, at home at the nearer of two relays.
 	relayed := func(t *testing.T, w *world) (a, b site) {

@@ -28,9 +28,10 @@ type world struct {
 	t      testing.TB
 	n      *vnet.Net
 	relays map[int]*relayHost
-	deaf   bool // agents are not told when their interfaces change
+	deaf   bool // agents are not told when their interfaces change; set before they start
 
 	mu     sync.Mutex // guards what follows
+	mute   bool       // control is dead: nobody hears news of others
 	agents map[identity.NodePublic]*agent
 	peers  map[identity.NodePublic]path.Peer // what control knows
 }
@@ -46,6 +47,20 @@ func inWorld(t *testing.T, regions int, f func(t *testing.T, w *world), seed ...
 		defer w.close()
 		f(t, w)
 	})
+}
+
+// setMute lets control die, or come back: then it hears what it missed.
+func (w *world) setMute(on bool) {
+	w.mu.Lock()
+	back := w.mute && !on
+	w.mute = on
+	agents := slices.Collect(maps.Values(w.agents))
+	w.mu.Unlock()
+	if back {
+		for _, a := range agents {
+			a.publish()
+		}
+	}
 }
 
 func newWorld(t testing.TB, regions int, seed uint64) *world {
@@ -126,6 +141,9 @@ func (w *world) newRelay(region int) *relayHost {
 
 // start starts the relay, again after kill.
 func (r *relayHost) start() {
+	if r.srv != nil {
+		return
+	}
 	ln, err := r.host.ListenTCP("tcp", ":443")
 	if err != nil {
 		r.w.t.Fatal(err)
@@ -182,8 +200,9 @@ type agent struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	mu    sync.Mutex // guards what follows
-	flows map[identity.NodePublic]*flow
+	mu     sync.Mutex // guards what follows
+	report path.Report
+	flows  map[identity.NodePublic]*flow
 }
 
 // flow is what an agent has with a peer: a session as WireGuard would have
@@ -278,20 +297,33 @@ func (a *agent) close() {
 	a.wg.Wait()
 }
 
-// reported is what control does with the news of a node.
+// reported is Config.Report.
 func (a *agent) reported(r path.Report) {
-	time.AfterFunc(controlDelay, func() {
-		w := a.w
-		w.mu.Lock()
-		w.peers[a.key] = path.Peer{Key: a.key, Disco: a.disc.Public(), Endpoints: r.Endpoints, HomeRegion: r.NetInfo.PreferredDERP}
-		others := slices.Collect(maps.Values(w.agents))
+	a.mu.Lock()
+	a.report = r
+	a.mu.Unlock()
+	time.AfterFunc(controlDelay, a.publish)
+}
+
+// publish is what control does with the news of a node.
+func (a *agent) publish() {
+	a.mu.Lock()
+	r := a.report
+	a.mu.Unlock()
+	w := a.w
+	w.mu.Lock()
+	if w.mute {
 		w.mu.Unlock()
-		for _, o := range others {
-			if o != a {
-				o.Update([]identity.NodePublic{a.key})
-			}
+		return
+	}
+	w.peers[a.key] = path.Peer{Key: a.key, Disco: a.disc.Public(), Endpoints: r.Endpoints, HomeRegion: r.NetInfo.PreferredDERP}
+	others := slices.Collect(maps.Values(w.agents))
+	w.mu.Unlock()
+	for _, o := range others {
+		if o != a {
+			o.Update([]identity.NodePublic{a.key})
 		}
-	})
+	}
 }
 
 // Messages look like WireGuard's as far as a path looks at them.
