@@ -97,7 +97,7 @@ type Config struct {
 	// Interfaces lists the addresses of the host's interfaces that are up,
 	// with the loopback ones; nil asks the system. Where it is set, and where
 	// the system does not tell of changes, it is asked every few seconds;
-	// NetworkChanged is for who knows sooner.
+	// NetworkChanged is for who knows sooner. The same holds with ListenUDP.
 	Interfaces func() ([]netip.Prefix, error)
 	// RelayOnly opens no UDP socket: everything goes by relay.
 	RelayOnly bool
@@ -169,6 +169,8 @@ func New(cfg Config) (*Path, error) {
 	if cfg.Key.IsZero() || cfg.Disco.IsZero() {
 		return nil, errors.New("path: no node key or no disco key")
 	}
+	// Whoever brings sockets of his own may be in another network than the host.
+	watches := cfg.Interfaces == nil && cfg.ListenUDP == nil
 	if cfg.ListenUDP == nil {
 		cfg.ListenUDP = new(net.ListenConfig).ListenPacket
 	}
@@ -181,8 +183,7 @@ func New(cfg Config) (*Path, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
-	watches := cfg.Interfaces == nil
-	if watches {
+	if cfg.Interfaces == nil {
 		cfg.Interfaces = systemInterfaces
 	}
 	p := &Path{
