@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -8,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"mesh/control/wire"
 	"mesh/identity"
 	"mesh/internal/filter"
 	"mesh/internal/netmap"
@@ -91,6 +93,7 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 	}
 	e.current.Store(m)
 	e.judging.Unlock()
+	e.endDials(old, m, cut)
 	e.tunnel.Update(keys)
 	e.path.Update(keys)
 	if d.Full || d.Relays {
@@ -253,9 +256,33 @@ func (e *Engine) resetMoved(old, next *netmap.Map) {
 	}, &RevokedError{Policy: next.PolicyVersion(), Reason: "the address went to another node"})
 }
 
+// endDials ends what was begun with peers that are out of reach now while the
+// old map was in force: nothing would ever answer.
+func (e *Engine) endDials(old, next *netmap.Map, cut []cutOff) {
+	for _, c := range cut {
+		if p, ok := next.PeerByID(c.peer.ID); ok && !p.Expired {
+			continue
+		}
+		e.link.Abort(func(_ uint8, _, remote netip.AddrPort) bool {
+			return contains(c.peer.AllowedIPs, remote.Addr())
+		}, &RevokedError{Peer: old.Identity(c.peer), Policy: next.PolicyVersion(), Reason: c.why})
+	}
+}
+
 // CutAll ends every connection with err: this node is no longer of the mesh.
+// Peers are told if that is because its key expired, which they may not know
+// yet.
 func (e *Engine) CutAll(err error) {
-	e.filter.Swap(nil)
+	flows := e.filter.Swap(nil)
+	if errors.Is(err, wire.ErrNodeKeyExpired) {
+		byPeer := map[identity.NodePublic][]filter.Flow{}
+		for _, f := range flows {
+			byPeer[f.Peer] = append(byPeer[f.Peer], f)
+		}
+		for peer, flows := range byPeer {
+			e.tellOver(peer, flows, filter.WithdrawnOwnExpired, e.Map().PolicyVersion())
+		}
+	}
 	e.link.Abort(func(uint8, netip.AddrPort, netip.AddrPort) bool { return true }, err)
 }
 

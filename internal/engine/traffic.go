@@ -51,12 +51,30 @@ func (e *Engine) Out(packets [][]byte) {
 			// stack learns it by silence or by Abort.
 			_ = e.tunnel.Send(to, packets[:n])
 		}
+		if !ok && to.IsZero() {
+			e.nowhere(packets[0])
+		}
 		packets = packets[n:]
 	}
 }
 
+// nowhere tells whoever dials that the address has no peer that can be reached:
+// it had one when the dial began.
+func (e *Engine) nowhere(b []byte) {
+	var pkt filter.Packet
+	if pkt.Decode(b) != nil || pkt.Proto != filter.ProtoTCP && pkt.Proto != filter.ProtoUDP || pkt.Fragment == filter.LaterFragment {
+		return
+	}
+	m := e.Map()
+	err := &RevokedError{Policy: m.PolicyVersion(), Reason: reasonLeft}
+	if p, ok := m.PeerByAddr(pkt.Dst.Addr()); ok {
+		err.Peer, err.Reason = m.Identity(p), reasonExpired
+	}
+	e.link.Reject(pkt.Proto, pkt.Src, pkt.Dst, err)
+}
+
 // judgeOut notes the flows of the first n packets, which go to one peer. It
-// reports false if they go nowhere.
+// reports false if they go nowhere: with the zero key, as nobody has the address.
 func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok bool) {
 	e.judging.RLock()
 	defer e.judging.RUnlock()
@@ -259,6 +277,8 @@ func withdrawal(w filter.Withdrawal) string {
 		return reasonSelfExpiry
 	case filter.WithdrawnFromMember:
 		return reasonSelfLeft
+	case filter.WithdrawnOwnExpired:
+		return reasonExpired
 	}
 	return reasonPolicy
 }

@@ -53,6 +53,7 @@ const (
 	WithdrawnFromOwner  Withdrawal = 2 // the peer's owner or tags changed
 	WithdrawnExpired    Withdrawal = 3 // the peer's key expired
 	WithdrawnFromMember Withdrawal = 4 // the peer may not be reached any more
+	WithdrawnOwnExpired Withdrawal = 5 // the sender's own key expired
 )
 
 // ErrTSMP reports a message between nodes that cannot be read.
