@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"go.uber.org/zap"
+
 	"mesh/control/policy"
 	"mesh/control/store"
 )
@@ -55,6 +57,11 @@ func (s *Server) loadPolicy(ctx context.Context) error {
 		return fmt.Errorf("stored policy %d: %w", p.Version, err)
 	}
 	s.policy = policyState{Policy: p, parsed: parsed, compiled: policy.Compile(parsed, s.policyNodes())}
+	// It may have come from a file, or nodes may have gone since: it stays in
+	// force, since a mesh without policy would help nobody.
+	for _, f := range s.policy.compiled.Test(s.policyUsers()) {
+		s.log.Warn("the policy's own tests do not hold", zap.Error(f))
+	}
 	return nil
 }
 
@@ -67,9 +74,9 @@ func (s *Server) policyNodes() []policy.Node {
 	return nodes
 }
 
-// SetPolicy checks a policy, stores it as the next version and brings it in
-// force if its own tests hold: every node hears what changes for it, and nothing else. expect is the
-// version it replaces, or -1 for any; store.ErrConflict says that there is a
+// SetPolicy checks a policy, runs its own tests, stores it as the next version
+// and brings it in force: every node hears what changes for it, and nothing
+// else. expect is the version it replaces, or -1 for any; store.ErrConflict says that there is a
 // newer one. Errors of the policy itself match ErrPolicy.
 func (s *Server) SetPolicy(ctx context.Context, by, text string, expect int64) (PolicyState, error) {
 	parsed, err := policy.Parse([]byte(text))

@@ -200,10 +200,6 @@ func (s *Server) collect(st *stream) (n news) {
 		}
 	}
 	if p.all {
-		// A policy says which groups users are in.
-		for id := range st.profiles {
-			user(id)
-		}
 		visible := s.policy.compiled.Visible(st.id)
 		set := make(map[wire.NodeID]struct{}, len(visible))
 		for _, id := range visible {
@@ -214,8 +210,13 @@ func (s *Server) collect(st *stream) (n news) {
 				gone(id)
 			}
 		}
+		// A policy also says which groups users are in.
+		user(wireUser(&me.Node))
 		for _, id := range visible {
 			look(id)
+			if other := s.nodes.byID[id]; other != nil {
+				user(wireUser(&other.Node))
+			}
 		}
 	} else {
 		for id, visible := range p.peers {
