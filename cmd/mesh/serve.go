@@ -24,9 +24,10 @@ var serveCommand = &command{
 It prints its URL and key when it is ready, and runs until it gets SIGINT or
 SIGTERM. Agents need the URL (MESH_CONTROL_URL) and an enrolment key (mesh key
 create); they may pin the server's key (MESH_CONTROL_KEY), and should unless the URL
-is https or on this machine. A machine without a key is sent to a page of this server
-that shows who asks; mesh node approve lets it in. All state is in the data directory, which one server at a
-time may use; a server that was killed at any moment starts again with all of it.
+is https or on this machine. Who has no key is sent to a page of this server that
+shows who asks; mesh node approve lets it in. All state is in the data directory,
+which one server at a time may use; a server that was killed at any moment starts
+again with all of it.
 
 Without a policy (--policy, or mesh policy set) nobody may reach anybody.
 
