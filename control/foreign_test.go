@@ -208,15 +208,25 @@ func TestForgotten(t *testing.T) {
 			}
 		})
 	})
+	t.Run("deleted, but the stream stays", func(t *testing.T) {
+		inMemory(t, func(t *testing.T, f *fake) {
+			b := newBatching(f)
+			l := liveAt(t, f, nil)
+			b.set(l.key, true)
+			p := b.poll(t)
+			p.send(l.whole())
+			synctest.Wait()
+			b.set(l.key, false)
+			l.SetApplied(5) // anything that the server is told
+			var login *NeedsLoginError
+			if err := <-l.end; !errors.As(err, &login) {
+				t.Errorf("ended with %v", err)
+			}
+		})
+	})
 	t.Run("started without memory", func(t *testing.T) {
 		inMemory(t, func(t *testing.T, f *fake) {
 			var known atomic.Bool
-			f.update = func(wire.MapRequest) func(http.ResponseWriter) {
-				if !known.Load() {
-					return status(http.StatusBadRequest, "node not found\n")
-				}
-				return nil
-			}
 			var asked []wire.RegisterRequest
 			f.register = func(r wire.RegisterRequest) any {
 				if asked = append(asked, r); len(asked) == 1 {
@@ -244,7 +254,6 @@ func TestForgotten(t *testing.T) {
 	})
 	t.Run("refused", func(t *testing.T) {
 		inMemory(t, func(t *testing.T, f *fake) {
-			f.update = func(wire.MapRequest) func(http.ResponseWriter) { return status(400, "node not found") }
 			f.register = func(wire.RegisterRequest) any { return wire.RegisterResponse{Error: "we know better"} }
 			l := liveAt(t, f, nil)
 			p := <-f.polls

@@ -72,8 +72,9 @@ type Session struct {
 	want    int // counts reasons for a lite update
 	sent    int // value of want that a lite update has covered
 	online  bool
-	last    *netmap.Map // to be saved
-	nudged  time.Time   // when Retry was called last
+	endPoll context.CancelCauseFunc // of the present map poll
+	last    *netmap.Map             // to be saved
+	nudged  time.Time               // when Retry was called last
 }
 
 // NewSession returns a session; Run starts it.
@@ -223,7 +224,9 @@ func (s *Session) run(ctx context.Context) error {
 	for {
 		var upSince time.Time
 		var cur *netmap.Map
-		err := s.c.Stream(ctx, func() wire.MapRequest {
+		poll, endPoll := context.WithCancelCause(ctx)
+		s.setPoll(endPoll)
+		err := s.c.Stream(poll, func() wire.MapRequest {
 			r, _ := s.request()
 			s.setOnline(true)
 			return r
@@ -250,6 +253,7 @@ func (s *Session) run(ctx context.Context) error {
 			s.cfg.OnMap(next, d)
 			return nil
 		})
+		endPoll(nil)
 		s.setOnline(false)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -305,6 +309,12 @@ func (s *Session) state(err error) {
 	}
 }
 
+func (s *Session) setPoll(end context.CancelCauseFunc) {
+	s.mu.Lock()
+	s.endPoll = end
+	s.mu.Unlock()
+}
+
 func (s *Session) setOnline(on bool) {
 	s.mu.Lock()
 	s.online = on
@@ -351,7 +361,15 @@ func (s *Session) sendUpdates(ctx context.Context, cancel context.CancelCauseFun
 			if ctx.Err() != nil {
 				return
 			}
-			if IsFatal(err) && !forgotten(err) { // the stream hears of that, too
+			switch {
+			case forgotten(err):
+				// Some servers delete a node and keep its stream, which
+				// hears of nothing any more.
+				s.mu.Lock()
+				endPoll := s.endPoll
+				s.mu.Unlock()
+				endPoll(err)
+			case IsFatal(err):
 				cancel(err)
 				return
 			}
