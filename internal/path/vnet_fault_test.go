@@ -290,8 +290,6 @@ func TestVnetTwoHomes(t *testing.T) {
 	}{
 		{"a's relay dies", func(w *world, a site) { w.relays[1].kill() }},
 		{"b's relay dies", func(w *world, a site) { w.relays[2].kill() }},
-		// a sends nothing to its own home: nothing that is not answered tells it
-		// that this connection leads nowhere.
 		{"a's WAN address changes", func(w *world, a site) { a.router.NewWAN() }},
 	} {
 		inWorld(t, 2, func(t *testing.T, w *world) {
@@ -314,6 +312,40 @@ func TestVnetTwoHomes(t *testing.T) {
 			within(t, "two home regions, "+c.name, r.gap, 2*time.Second)
 		})
 	}
+}
+
+// The connection to the home relay leads nowhere any more, and nobody has
+// noticed since nothing is sent by it. Whoever then begins to talk to a peer of
+// another region hears no answer, and has to find out why.
+func TestVnetHomeLost(t *testing.T) {
+	inWorld(t, 2, func(t *testing.T, w *world) {
+		a, b := w.home("a", vnet.UDPBlocked()), w.home("b", vnet.UDPBlocked())
+		time.Sleep(time.Second)
+		w.relays[a.HomeRegion()].kill() // so that they part
+		time.Sleep(5 * time.Second)
+		w.relays[1].start()
+		w.relays[2].start()
+		c := w.home("c", vnet.Symmetric()) // nearer to 1
+		time.Sleep(5 * time.Second)
+		if c.HomeRegion() != 1 || b.HomeRegion() != 2 {
+			t.Fatal("home", c.HomeRegion(), b.HomeRegion())
+		}
+		c.router.NewWAN()
+		began := time.Now()
+		heard := func() bool { first, _, _ := c.heardFrom(b.agent); return !first.IsZero() }
+		for !heard() && time.Since(began) < 2*time.Minute {
+			c.say(b.agent, dataLen)
+			b.mu.Lock()
+			up := b.flowLocked(c.key).up
+			b.mu.Unlock()
+			if up {
+				b.say(c.agent, dataLen)
+			}
+			time.Sleep(every)
+			synctest.Wait()
+		}
+		within(t, "home relay lost in silence: first data", time.Since(began), 2*time.Second)
+	})
 }
 
 func TestVnetRelayDeath(t *testing.T) {

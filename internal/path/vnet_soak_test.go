@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	soakFor  = flag.Duration("vnet.soak", 10*time.Minute, "virtual time of random faults")
+	soakFor  = flag.Duration("vnet.soak", 4*time.Minute, "virtual time of random faults")
 	soakSeed = flag.Uint64("vnet.seed", 1, "of the random faults")
 )
 
