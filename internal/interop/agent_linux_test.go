@@ -147,6 +147,7 @@ func (a *agent) fetch(url string, post int64) (r httpResult, err error) {
 	if err != nil {
 		return r, err
 	}
+	req.Close = true // a connection outlives the permission to make one
 	resp, err := a.HTTPClient().Do(req)
 	if err != nil {
 		return r, err
