@@ -59,6 +59,21 @@ func TestForgery(t *testing.T) {
 		c := start(t, g.config())
 		c.want("203.0.113.7:41641")
 	})
+	// Another host answers first, in all of NAT-PMP and with our own port.
+	synctest.Test(t, func(t *testing.T) {
+		g := newGateway(t, PMP)
+		g.forge = func(b []byte) []forged {
+			if b[0] != pmpVersion {
+				return nil
+			}
+			fake := newGateway(t, PMP)
+			fake.external, fake.firstExt = netip.MustParseAddr("198.51.100.66"), 6666
+			lie := fake.answerPMP(b)
+			return []forged{{netip.AddrPortFrom(evil, gatewayPort), lie}, {netip.AddrPortFrom(gwAddr, 5350), lie}}
+		}
+		c := start(t, g.config())
+		c.want("203.0.113.7:41641")
+	})
 }
 
 // A gateway cannot send us anywhere else, nor keep us busy.

@@ -404,20 +404,27 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
-// Where the preferred protocol fails later, another one takes over without a
-// moment without a mapping.
+// Where the preferred protocol fails later, by a refusal or by silence, another
+// one takes over without a moment without a mapping.
 func TestFallback(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := newGateway(t, PCP, UPnP)
-		c := start(t, g.config())
-		g.change(func() { g.refuse[PCP] = 2 })
-		time.Sleep(checkEvery + time.Minute)
-		synctest.Wait()
-		c.want("203.0.113.7:41641")
-		if st := c.Status(); st.Protocol != UPnP || c.changes() != 1 {
-			t.Errorf("%d changes, %+v", c.changes(), st)
-		}
-	})
+	for name, fail := range map[string]func(g *fakeGateway){
+		"refusal": func(g *fakeGateway) { g.refuse[PCP] = 2 },
+		"silence": func(g *fakeGateway) { g.pcp = false },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newGateway(t, PCP, UPnP)
+				c := start(t, g.config())
+				g.change(func() { fail(g) })
+				time.Sleep(checkEvery + time.Minute)
+				synctest.Wait()
+				c.want("203.0.113.7:41641")
+				if st := c.Status(); st.Protocol != UPnP || c.changes() != 1 {
+					t.Errorf("%d changes, %+v", c.changes(), st)
+				}
+			})
+		})
+	}
 }
 
 // What a node costs that has nothing to do.
