@@ -117,7 +117,7 @@ func TestDeniedDialSaysSo_D54(t *testing.T) {
 					denied.Peer.ID != b.Status().Self.ID || int(denied.Port) != port || denied.Proto != "tcp" {
 					t.Fatalf("dial port %d: %v", port, err)
 				}
-				want := fmt.Sprintf("dial tcp b:%d: b.mesh.internal refused tcp port %d: not allowed by policy", port, port)
+				want := fmt.Sprintf("dial tcp b:%d: b.mesh.internal refused tcp port %d: not allowed by policy (policy version %d)", port, port, b.Status().PolicyVersion)
 				if err.Error() != want {
 					t.Fatalf("got %q, want %q", err, want)
 				}
