@@ -22,6 +22,21 @@ type budget struct {
 	last   instant
 	window instant // start
 	perIP  map[netip.Addr]int
+	held   uint64 // pings refused
+
+	never   map[netip.AddrPort]struct{} // where no ping may go
+	neverIP map[netip.Addr]struct{}
+}
+
+// allows is take for one port, where pings may be forbidden.
+func (b *budget) allows(a netip.AddrPort, now instant) bool {
+	_, no := b.never[a]
+	_, noIP := b.neverIP[a.Addr()]
+	ok := !no && !noIP && b.take(a.Addr(), now)
+	if !ok {
+		b.held++
+	}
+	return ok
 }
 
 // take reports whether a discovery ping to ip may go out now, and counts it.

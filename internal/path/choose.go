@@ -299,7 +299,7 @@ func (c *chooser) seen(from netip.AddrPort, k *candidate, added bool, now instan
 	if !c.active || from == c.best || c.hasDirect(now) && !added || now-k.pinged < backEvery && k.ponged >= k.pinged {
 		return
 	}
-	if now-k.pinged < 5*time.Millisecond || !c.back.take(now, backBurst, backEvery) || !b.take(from.Addr(), now) {
+	if now-k.pinged < 5*time.Millisecond || !c.back.take(now, backBurst, backEvery) || !b.allows(from, now) {
 		return
 	}
 	c.pingOne(from, k, false, now, out)
@@ -498,7 +498,7 @@ func (c *chooser) ping(now, spacing instant, b *budget, out *todo) (n int) {
 		if wait > 0 && now-k.pinged < wait {
 			continue
 		}
-		if !b.take(a.Addr(), now) {
+		if !b.allows(a, now) {
 			if wait > 0 {
 				k.pinged = max(k.pinged, now-wait+time.Second) // look again in a second
 			}

@@ -35,6 +35,7 @@ type endpoints struct {
 	want  bool   // a round is asked for
 	round *round // the current one, or the last
 	local []netip.Prefix
+	extra []Endpoint // told by SetEndpoints
 
 	seen     map[netip.AddrPort]instant // told by STUN, and when
 	names    map[string]resolved
@@ -172,6 +173,7 @@ func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task
 	e.want = false
 	lost, _ = compare(e.local, local)
 	e.local = local
+	p.forbidLocked()
 	if lost {
 		// An address went away, and with it the paths that used it.
 		tasks = p.startAnewLocked(now)
@@ -209,6 +211,11 @@ func (p *Path) listLocked(now instant) {
 		if usable(a) && !slices.Contains(list, a) && len(list) < maxEndpoints {
 			list = append(list, a)
 			types = append(types, t)
+		}
+	}
+	if !p.cfg.RelayOnly {
+		for _, x := range e.extra {
+			add(unmap(x.Addr), x.Type)
 		}
 	}
 	// Addresses from STUN, those confirmed last first.
@@ -354,6 +361,7 @@ func (p *Path) resolve(names []string) {
 func (p *Path) stunAnswer(from netip.AddrPort, b []byte) {
 	tx, mapped, err := stun.ParseResponse(b)
 	if err != nil {
+		p.counts.stunStray.Add(1)
 		return
 	}
 	mapped = unmap(mapped)
@@ -373,10 +381,12 @@ func (p *Path) answerLocked(tx stun.TxID, from, mapped netip.AddrPort, now insta
 	e := &p.ends
 	r := e.round
 	if r == nil || !usable(mapped) {
+		p.counts.stunStray.Add(1)
 		return false, false
 	}
 	pr, ok := r.probes[tx]
 	if !ok || pr.to != from {
+		p.counts.stunStray.Add(1)
 		return false, false
 	}
 	delete(r.probes, tx)

@@ -73,6 +73,7 @@ func (p *Path) SetRelays(m *wire.DERPMap) {
 	clear(h.failed)
 	maps.DeleteFunc(p.ends.latency, func(id int, _ *regionLatency) bool { return defs[id] == nil })
 	p.ends.round = nil
+	p.forbidLocked()
 	p.gatherLocked(p.now())
 	p.mu.Unlock()
 	p.evaluateHome()

@@ -140,6 +140,7 @@ type Path struct {
 	broken atomic.Bool    // a socket failed
 
 	closeEvents sync.Once
+	counts      counters
 
 	homeNow atomic.Int32 // home.region, for those who hold no lock
 
@@ -154,6 +155,7 @@ type Path struct {
 	mu        sync.Mutex // guards what follows, and peer.info, peer.ch and peer.at
 	timers    timerHeap  // peers with something due
 	budget    budget
+	avoid     []netip.AddrPort
 	held      []heldPacket
 	ends      endpoints
 	home      home
@@ -296,6 +298,7 @@ func (p *Path) NetworkChanged() {
 	now := p.now()
 	if err == nil {
 		p.ends.local = local
+		p.forbidLocked()
 	}
 	p.ends.forget()
 	tasks := p.startAnewLocked(now)

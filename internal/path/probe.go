@@ -1,6 +1,7 @@
 package path
 
 import (
+	"errors"
 	"net/netip"
 
 	"mesh/identity"
@@ -18,12 +19,16 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 	}
 	known := p.cfg.LookupDisco(key)
 	if len(known) == 0 {
+		p.counts.discoUnknown.Add(1)
 		p.hold(heldPacket{src: Source{Addr: from}, disco: key}, packet)
 		return
 	}
 	known = known[:min(len(known), maxShared)]
 	_, m, err := p.sealer.Open(packet)
 	if err != nil {
+		if !errors.Is(err, disco.ErrUnknownType) {
+			p.counts.discoForged.Add(1)
+		}
 		return
 	}
 	switch m := m.(type) {
@@ -31,8 +36,10 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 		p.pingUDP(from, key, known, m)
 	case disco.Pong:
 		p.pongUDP(from, known, m)
+	default:
+		// A CallMeMaybe by UDP is not believed: only the relay proves the sender.
+		p.counts.discoByUDP.Add(1)
 	}
-	// A CallMeMaybe by UDP is not believed: only the relay proves the sender.
 }
 
 // pingUDP answers a ping and remembers where it came from.
@@ -108,6 +115,7 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 		p.sendUnsent(pe)
 		return
 	}
+	p.counts.pongsStray.Add(1)
 }
 
 // discoRelay handles a disco packet that came by relay from a known peer.
@@ -119,11 +127,15 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 	info, ok := p.cfg.Lookup(from)
 	if !ok || info.Disco != key {
 		// The netmap may not know of the peer's new key yet.
+		p.counts.discoUnknown.Add(1)
 		p.holdRelayed(region, from, packet)
 		return
 	}
 	_, m, err := p.sealer.Open(packet)
 	if err != nil {
+		if !errors.Is(err, disco.ErrUnknownType) {
+			p.counts.discoForged.Add(1)
+		}
 		return
 	}
 	switch m := m.(type) {

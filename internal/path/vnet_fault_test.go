@@ -114,7 +114,7 @@ func TestVnetPathDeath(t *testing.T) {
 		a.router.SetLink(vnet.Link{Latency: wanLatency, Block: []vnet.Match{{
 			Proto: vnet.UDP, Host: netip.PrefixFrom(st.Direct.Addr(), 32), Longer: 80,
 		}}})
-		within(t, "all but small packets of a path die", watch(a.agent, b.agent, 30*time.Second).gap, 3*time.Second)
+		within(t, "all but small packets of a path die", watch(a.agent, b.agent, 15*time.Second).gap, 3*time.Second)
 	})
 }
 
@@ -133,7 +133,7 @@ func TestVnetNATChanges(t *testing.T) {
 			a, b := w.home("a", c.spec), w.home("b", vnet.Home())
 			settled(t, a.agent, b.agent, true)
 			c.change(a.router)
-			r := watch(a.agent, b.agent, 40*time.Second)
+			r := watch(a.agent, b.agent, 15*time.Second)
 			within(t, c.name+": gap", r.gap, 2*time.Second)
 			within(t, c.name+": direct again", r.direct, 10*time.Second)
 		})
@@ -149,7 +149,7 @@ func TestVnetNATChanges(t *testing.T) {
 			a, b := w.home("a", vnet.Symmetric()), w.agent("b", w.n.Host(vnet.V4))
 			settled(t, a.agent, b, true)
 			c.change(a.router)
-			r := watch(a.agent, b, 40*time.Second)
+			r := watch(a.agent, b, 15*time.Second)
 			within(t, c.name+": gap", r.gap, 2*time.Second)
 			within(t, c.name+": direct again", r.direct, 10*time.Second)
 		})
@@ -162,7 +162,7 @@ func TestVnetRoaming(t *testing.T) {
 		other := w.n.NAT(vnet.Home())
 		settled(t, a.agent, b.agent, true)
 		a.host.Move(other)
-		r := watch(a.agent, b.agent, 40*time.Second)
+		r := watch(a.agent, b.agent, 15*time.Second)
 		within(t, "roaming to another router: gap", r.gap, 2*time.Second)
 		within(t, "roaming to another router: direct again", r.direct, 3*time.Second)
 		a.resetGap(b.agent)
@@ -170,21 +170,21 @@ func TestVnetRoaming(t *testing.T) {
 
 		// Into b's own network.
 		a.host.Move(b.router)
-		r = watch(a.agent, b.agent, 40*time.Second)
+		r = watch(a.agent, b.agent, 15*time.Second)
 		within(t, "roaming into the peer's LAN: gap", r.gap, 2*time.Second)
 		within(t, "roaming into the peer's LAN: direct again", r.direct, 3*time.Second)
 		a.resetGap(b.agent)
 		b.resetGap(a.agent)
 
 		a.host.Move(w.n.NAT(vnet.UDPBlocked()))
-		within(t, "roaming to where UDP is blocked: gap", watch(a.agent, b.agent, 40*time.Second).gap, 2*time.Second)
+		within(t, "roaming to where UDP is blocked: gap", watch(a.agent, b.agent, 15*time.Second).gap, 2*time.Second)
 	})
 	inWorld(t, 1, func(t *testing.T, w *world) {
 		w.deaf = true
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
 		settled(t, a.agent, b.agent, true)
 		a.host.Move(w.n.NAT(vnet.Home()))
-		r := watch(a.agent, b.agent, 40*time.Second)
+		r := watch(a.agent, b.agent, 15*time.Second)
 		within(t, "roaming, found by polling: gap", r.gap, 6*time.Second)
 		within(t, "roaming, found by polling: direct again", r.direct, 10*time.Second)
 	})
@@ -193,7 +193,7 @@ func TestVnetRoaming(t *testing.T) {
 		settled(t, a.agent, b.agent, true)
 		a.host.Move(w.n.NAT(vnet.Home()))
 		b.host.Move(w.n.NAT(vnet.Home()))
-		r := watch(a.agent, b.agent, 40*time.Second)
+		r := watch(a.agent, b.agent, 15*time.Second)
 		within(t, "both roam at once: gap", r.gap, 2*time.Second)
 		within(t, "both roam at once: direct again", r.direct, 3*time.Second)
 	})
@@ -201,7 +201,7 @@ func TestVnetRoaming(t *testing.T) {
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Symmetric())
 		settled(t, a.agent, b.agent, false)
 		a.host.Move(w.n.NAT(vnet.Home()))
-		within(t, "roaming of a relayed pair: gap", watch(a.agent, b.agent, 40*time.Second).gap, 2*time.Second)
+		within(t, "roaming of a relayed pair: gap", watch(a.agent, b.agent, 15*time.Second).gap, 2*time.Second)
 	})
 	inWorld(t, 1, func(t *testing.T, w *world) {
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
@@ -211,8 +211,8 @@ func TestVnetRoaming(t *testing.T) {
 		a.resetGap(b.agent)
 		b.resetGap(a.agent)
 		a.host.SetUp(true)
-		within(t, "interface down 10 s, then up: data again", watchAgain(a.agent, b.agent, 40*time.Second), 2*time.Second)
-		r := watch(a.agent, b.agent, 40*time.Second)
+		within(t, "interface down 10 s, then up: data again", watchAgain(a.agent, b.agent, 15*time.Second), 2*time.Second)
+		r := watch(a.agent, b.agent, 15*time.Second)
 		within(t, "interface down 10 s, then up: direct again", r.direct, 3*time.Second)
 	})
 }
@@ -232,7 +232,7 @@ func TestVnetControlDead(t *testing.T) {
 			settled(t, a.agent, b.agent, true)
 			w.setMute(true)
 			c.change(w, a)
-			r := watch(a.agent, b.agent, 40*time.Second)
+			r := watch(a.agent, b.agent, 15*time.Second)
 			within(t, c.name+" without control: gap", r.gap, 2*time.Second)
 			within(t, c.name+" without control: direct again", r.direct, 10*time.Second)
 			if !bothDirect(a.agent, b.agent) {
@@ -370,7 +370,7 @@ func TestVnetRelayDeath(t *testing.T) {
 			a.resetGap(b.agent)
 			b.resetGap(a.agent)
 			w.relays[1].start()
-			r = watch(a.agent, b.agent, 3*time.Minute)
+			r = watch(a.agent, b.agent, 80*time.Second)
 			within(t, "the better relay is back: gap", r.gap, 500*time.Millisecond)
 			if a.HomeRegion() != 1 || b.HomeRegion() != 1 {
 				t.Error("home", a.HomeRegion(), b.HomeRegion())
@@ -381,7 +381,7 @@ func TestVnetRelayDeath(t *testing.T) {
 		inWorld(t, 2, func(t *testing.T, w *world) {
 			a, b := relayed(t, w)
 			w.relays[1].cut(true)
-			within(t, "relay silent, two relays", watch(a.agent, b.agent, 3*time.Minute).gap, 3*time.Second)
+			within(t, "relay silent, two relays", watch(a.agent, b.agent, 15*time.Second).gap, 3*time.Second)
 		})
 	})
 	t.Run("restart", func(t *testing.T) {
@@ -455,8 +455,8 @@ func TestVnetLinks(t *testing.T) {
 				within(t, c.name+": direct", time.Since(began), 1500*time.Millisecond)
 				a.resetGap(b)
 				b.resetGap(a)
-				r := watch(a, b, 2*time.Minute)
-				within(t, c.name+": longest gap in 2 min", r.gap, c.gap)
+				r := watch(a, b, time.Minute)
+				within(t, c.name+": longest gap in a minute", r.gap, c.gap)
 				if r.moved != 0 && !c.flap {
 					t.Errorf("the direct path changed %d times: %s", r.moved, how(a, b))
 				}
