@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"reflect"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -29,6 +30,8 @@ func TestPacketSizes(t *testing.T) {
 		{Pong{TxID: NewTxID(), Src: addr("[2001:db8::1]:1")}, 110},
 		{Pong{TxID: NewTxID(), Src: RelayAddr(900)}, 110},
 		{CallMeMaybe{Endpoints: []netip.AddrPort{}}, 80},
+		{Meet{Phase: MeetAsk, ID: NewTxID(), Endpoints: []netip.AddrPort{addr("192.0.2.1:7")}}, 80 + 17 + 18},
+		{Meet{Phase: MeetAnswer, ID: NewTxID(), Delay: 1234 * time.Microsecond, Endpoints: []netip.AddrPort{}}, 80 + 17},
 		{CallMeMaybe{Endpoints: []netip.AddrPort{addr("127.0.0.1:7"), addr("[fe80::1]:9")}}, 80 + 36},
 	} {
 		p := a.Seal(nil, b.Public(), c.m)
@@ -82,6 +85,10 @@ func TestParse(t *testing.T) {
 		{"short ping", "\x01\x00" + tx[1:], nil, ErrShort},
 		{"ancient ping without node key", "\x01\x00" + tx, Ping{}, nil},
 		{"padding shorter than a key", "\x01\x00" + tx + "\x00\x00", Ping{Padding: 2}, nil},
+		{"short meet", "\xe5\x00\x01" + tx + "\x00\x00\x00", nil, ErrShort},
+		{"meet of no phase", "\xe5\x00\x00" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
+		{"meet of a later phase", "\xe5\x00\x04" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
+		{"meet with more behind", "\xe5\x00\x03" + tx + "\x00\x00\x00\x05xyz", Meet{Phase: MeetStart, Delay: 5 * time.Microsecond, Endpoints: []netip.AddrPort{}}, nil},
 		{"short pong", "\x02\x00" + tx + string(make([]byte, 17)), nil, ErrShort},
 		{"odd call", "\x03\x00" + string(make([]byte, 19)), CallMeMaybe{}, nil},
 	} {
@@ -146,6 +153,7 @@ func TestSealerIsBounded(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
+	f.Add(Append(nil, Meet{Phase: MeetAsk, Delay: time.Second, Endpoints: []netip.AddrPort{addr("1.2.3.4:5")}}))
 	for _, m := range []Message{Ping{TxID: NewTxID(), Padding: 3}, Pong{Src: addr("[::1]:4")}, CallMeMaybe{Endpoints: []netip.AddrPort{addr("1.2.3.4:5")}}} {
 		f.Add(Append(nil, m))
 	}

@@ -121,6 +121,8 @@ func Parse(b []byte) (Message, error) {
 		return parsePong(body)
 	case TypeCallMeMaybe:
 		return parseCallMeMaybe(body)
+	case TypeMeet:
+		return parseMeet(body)
 	}
 	return nil, ErrUnknownType
 }
