@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,18 +76,19 @@ func TestCloseRaces(t *testing.T) {
 			}
 			a.t.Close()
 		}
+		nw.close()
 	}
 }
 
-// Close frees a Send that waits for room.
-func TestCloseFreesSenders(t *testing.T) {
+// Close waits for the calls that are under way, and lets none in after.
+func TestCloseWaitsForCalls(t *testing.T) {
 	bubble(t, func(t *testing.T, nw *network) {
 		hang := make(chan struct{})
-		started := false
+		var started atomic.Bool
 		a := nw.add(t, "a", 1, func(c *Config) {
 			send := c.Send
 			c.Send = func(k identity.NodePublic, ad netip.AddrPort, d [][]byte) error {
-				if started && d[0][0] == typeData {
+				if started.Load() && d[0][0] == typeData {
 					<-hang
 				}
 				return send(k, ad, d)
@@ -97,17 +99,12 @@ func TestCloseFreesSenders(t *testing.T) {
 		b.knows(a)
 		a.say(t, b, "x")
 		b.wantGot(t, a, "x")
-		started = true
+		started.Store(true)
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
-				for range windowOpen {
-					if err := a.t.Send(b.key, [][]byte{packet(a.v4, b.v4, "y")}); err != nil {
-						if !errors.Is(err, ErrClosed) {
-							t.Error(err)
-						}
-						return
-					}
+				if err := a.t.Send(b.key, [][]byte{packet(a.v4, b.v4, "y")}); err != nil {
+					t.Error(err)
 				}
 			})
 		}
@@ -117,9 +114,18 @@ func TestCloseFreesSenders(t *testing.T) {
 			a.t.Close()
 			close(closed)
 		}()
-		wg.Wait()
+		synctest.Wait()
+		select {
+		case <-closed:
+			t.Error("Close did not wait")
+		default:
+		}
+		if err := a.t.Send(b.key, [][]byte{packet(a.v4, b.v4, "z")}); !errors.Is(err, ErrClosed) {
+			t.Errorf("send while closing: %v", err)
+		}
 		close(hang)
 		<-closed
+		wg.Wait()
 	})
 }
 
@@ -142,7 +148,7 @@ func FuzzReceive(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte, relay bool, how uint8) {
 		b.t.mu.RLock()
 		var index uint32
-		for i := range b.t.sessions {
+		for i := range b.t.indexes {
 			index = i
 		}
 		b.t.mu.RUnlock()

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"reflect"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,6 +31,7 @@ type judge struct {
 	target  *node
 	addr    netip.AddrPort
 	named   bool // the path of the target knows the judge's address
+	delay   time.Duration
 }
 
 func newJudge(t *testing.T, target *node, psk [32]byte) *judge {
@@ -61,6 +64,16 @@ func newJudge(t *testing.T, target *node, psk [32]byte) *judge {
 func (j *judge) close() {
 	dropFinalizers(j.dev.LookupPeer(j.target.key.Bytes()))
 	j.dev.Close()
+}
+
+// dropFinalizers takes the finalizers off the queues of a peer of the Device.
+// They run outside the bubble of a test and may not touch its channels, so any
+// garbage collection after the peer is gone would end the test binary.
+func dropFinalizers(p *device.Peer) {
+	queue := reflect.ValueOf(p).Elem().FieldByName("queue")
+	for _, name := range []string{"outbound", "inbound"} {
+		runtime.SetFinalizer((*byte)(queue.FieldByName(name).UnsafePointer()), nil)
+	}
 }
 
 // send is the target's Config.Send.
@@ -104,7 +117,14 @@ func (j *judge) Send(bufs [][]byte, _ conn.Endpoint) error {
 	if j.named {
 		src.Peer = j.key
 	}
-	j.target.t.Receive(src, bufs)
+	for _, b := range bufs {
+		d := [][]byte{append([]byte(nil), b...)}
+		if j.delay > 0 {
+			time.AfterFunc(j.delay, func() { j.target.t.Receive(src, d) })
+		} else {
+			j.target.t.Receive(src, d)
+		}
+	}
 	return nil
 }
 

@@ -4,24 +4,9 @@ import (
 	"encoding/binary"
 	"sync"
 	"time"
+
+	"golang.org/x/crypto/chacha20poly1305"
 )
-
-// Message types and sizes of the WireGuard protocol.
-const (
-	typeInitiation = 1
-	typeResponse   = 2
-	typeCookie     = 3
-	typeData       = 4
-
-	initiationSize = 148
-	responseSize   = 92
-	cookieSize     = 64
-)
-
-// orderAt is where in the Device's buffer the number of a datagram is kept, out
-// of reach of all but giant ones. The Device leaves what is behind a message
-// alone and hands the same buffer to deliver.
-const orderAt = 1984
 
 // classify returns a message's type and the index it is addressed to (0 for an
 // initiation), or false when it is no WireGuard message.
@@ -42,147 +27,167 @@ func classify(b []byte) (kind byte, index uint32, ok bool) {
 	return 0, 0, false
 }
 
-// Receive takes ciphertext from the path. The datagrams are copied. What is
-// malformed, belongs to no session, or comes faster than it can be opened is
-// dropped and counted.
+// catch is what one call of Receive works with.
+type catch struct {
+	packets [][]byte
+	nonce   [chacha20poly1305.NonceSize]byte
+}
+
+var catches = sync.Pool{New: func() any { return &catch{packets: make([][]byte, 0, trainPackets)} }}
+
+// Receive takes ciphertext from the path, opens it in the buffers in which it
+// came, and delivers what was in it before it returns. What is malformed,
+// belongs to no session, or knocks too often is dropped and counted.
 func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
-	if t.isClosing() {
+	if !t.calls.enter() {
 		return
 	}
+	defer t.calls.leave()
 	now := time.Now()
-	var malformed, unknown, mismatch, again uint64
-	for len(datagrams) > 0 {
-		tr := newTrain()
-		t.mu.RLock()
-		for len(datagrams) > 0 {
-			b := datagrams[0]
-			kind, index, ok := classify(b)
-			switch {
-			case !ok:
-				malformed++
-			case kind == typeInitiation:
-				t.mu.RUnlock()
-				t.knock(src, b, now)
-				t.mu.RLock()
-			default:
-				s := t.sessions[index]
-				if s == nil {
-					unknown++
-					// A keepalive carries nothing that could be lost: no
-					// reason to wake an idle pair.
-					if kind == typeData && len(b) > keepaliveSize && !src.Peer.IsZero() {
-						select {
-						case t.lost <- src.Peer:
-						default:
-						}
-					}
-					break
-				}
-				ep, ok := s.peer.from(src, now)
-				if !ok {
-					mismatch++
-					break
-				}
-				if !tr.add(b) {
-					goto full
-				}
-				if kind == typeResponse && s.answered(b) {
-					tr.drop()
-					again++
-					break
-				}
-				tr.eps[tr.n-1] = ep
-			}
-			datagrams = datagrams[1:]
-		}
-	full:
-		t.mu.RUnlock()
-		t.enqueue(tr)
-	}
-	t.stats.dropMalformed.Add(malformed)
-	t.stats.dropSession.Add(unknown)
-	t.stats.dropMismatch.Add(mismatch)
-	t.stats.dropReplay.Add(again)
-}
-
-// enqueue hands a train to the Device's reader, or drops it if that is behind.
-func (t *Tunnel) enqueue(tr *train) {
-	n := uint64(tr.n)
-	if n == 0 {
-		tr.free()
-		return
-	}
-	select {
-	case t.in <- tr:
-		t.stats.datagramsIn.Add(n)
-	default:
-		tr.free()
-		t.stats.dropBacklog.Add(n)
-	}
-}
-
-// unload copies datagrams into the Device's buffers, with the endpoint of each.
-// Only the Device's reader calls it.
-func (t *Tunnel) unload(tr *train, bufs [][]byte, sizes []int, set func(int, *endpoint), n int) int {
-	for tr.next < tr.n && n < len(bufs) {
-		b, ep := tr.packet(tr.next), tr.eps[tr.next]
-		tr.next++
-		p := ep.peer
-		if p.dead.Load() || len(b) > len(bufs[n]) {
+	c := catches.Get().(*catch)
+	var (
+		s    *session // of the packets in c
+		ep   *endpoint
+		good bool // the relay does not deny that its peer sent this
+	)
+	for _, b := range datagrams {
+		kind, index, ok := classify(b)
+		if !ok {
+			t.stats.dropMalformed.Add(1)
 			continue
 		}
-		if b[0] == typeData {
-			// Without this the Device would collect up to a thousand batches
-			// behind a Deliver that does not keep up.
-			if p.delivering.Load() && p.handed-p.opened.Load() >= windowIn {
-				t.stats.dropBacklog.Add(1)
+		if kind == typeInitiation {
+			t.knock(&src, b, now)
+			continue
+		}
+		if kind != typeData {
+			if sl := t.slot(index); sl.peer == nil || sl.session != nil && kind == typeResponse {
+				t.strayed(&src, sl, kind)
+			} else if _, ok := sl.peer.from(&src, now); !ok {
+				t.stats.dropMismatch.Add(1)
+			} else if kind == typeCookie {
+				t.knockCookie(&src, b)
+			} else {
+				t.knock(&src, b, now)
+			}
+			continue
+		}
+		if s == nil || s.index != index {
+			t.deliver(c, s)
+			sl := t.slot(index)
+			if s = sl.session; s == nil {
+				t.lostSession(&src, len(b))
 				continue
 			}
-			p.handed++
-			if len(b) <= orderAt && len(bufs[n]) >= orderAt+8 {
-				binary.LittleEndian.PutUint64(bufs[n][orderAt:], p.handed)
-			}
+			ep, good = s.peer.from(&src, now)
 		}
-		sizes[n] = copy(bufs[n], b)
-		set(n, ep)
-		n++
+		if !good {
+			t.stats.dropMismatch.Add(1)
+			continue
+		}
+		if now.Sub(s.born) >= rejectAfter {
+			t.stats.dropSession.Add(1)
+			continue
+		}
+		counter := binary.LittleEndian.Uint64(b[8:])
+		binary.LittleEndian.PutUint64(c.nonce[4:], counter)
+		plain, err := s.opener.Open(b[messageHeader:messageHeader], c.nonce[:], b[messageHeader:], nil)
+		if err != nil {
+			t.stats.dropForged.Add(1)
+			continue
+		}
+		if !s.fresh(counter) {
+			t.stats.dropReplay.Add(1)
+			continue
+		}
+		t.stats.datagramsIn.Add(1)
+		if p := s.peer; p.here.Load() != ep {
+			p.here.Store(ep)
+		}
+		t.heard(s.peer, s, now, len(plain) > 0)
+		if len(plain) > 0 {
+			c.packets = append(c.packets, plain)
+		}
 	}
-	return n
+	t.deliver(c, s)
+	catches.Put(c)
 }
 
-var lists = sync.Pool{New: func() any { l := make([][]byte, 0, batchSize); return &l }}
-
-// deliver is the Device's way in: packets of one peer, in the buffers in which
-// they arrived. The Device does not say whose they are, but in front of each
-// the header of the message still stands, with the index of the session that
-// it was opened with.
-func (t *Tunnel) deliver(bufs [][]byte, offset int) {
-	if len(bufs) == 0 || offset < messageHeader || len(bufs[0]) < offset {
+// strayed counts a handshake message that nobody waits for.
+func (t *Tunnel) strayed(src *Source, sl slot, kind byte) {
+	if sl.session != nil && kind == typeResponse {
+		t.stats.dropReplay.Add(1) // another copy of the one that made the session
 		return
 	}
-	index := binary.LittleEndian.Uint32(bufs[0][offset-messageHeader+4:])
-	t.mu.RLock()
-	s := t.sessions[index]
-	t.mu.RUnlock()
-	if s == nil {
-		t.stats.dropSession.Add(uint64(len(bufs)))
+	t.stats.dropSession.Add(1)
+}
+
+// knockCookie queues a cookie, which is cheap to read and has no MAC.
+func (t *Tunnel) knockCookie(src *Source, msg []byte) {
+	k := knocking{src: *src, n: len(msg)}
+	copy(k.msg[:], msg)
+	select {
+	case t.knocks <- k:
+		t.stats.datagramsIn.Add(1)
+	default:
+		t.stats.dropBacklog.Add(1)
+	}
+}
+
+// lostSession wakes the one who greets, if a peer uses a session that we do not
+// have. A keepalive carries nothing that could be lost: no reason to wake an
+// idle pair.
+func (t *Tunnel) lostSession(src *Source, length int) {
+	t.stats.dropSession.Add(1)
+	if length > keepaliveSize && !src.Peer.IsZero() {
+		select {
+		case t.lost <- src.Peer:
+		default:
+		}
+	}
+}
+
+// heard notes that a message of a session was authentic.
+func (t *Tunnel) heard(p *peer, s *session, now time.Time, data bool) {
+	if p.unanswered.Load() != 0 {
+		p.unanswered.Store(0)
+	}
+	if data && p.owed.Load() == 0 {
+		at := t.since(now)
+		p.owed.Store(at)
+		t.ring(p, at+int64(keepaliveAfter))
+	}
+	if !s.confirmed.Load() && !s.confirmed.Swap(true) {
+		t.confirm(p, s, now)
+	}
+	if s.initiator && now.Sub(s.born) >= rekeyLate && !s.renewed.Swap(true) {
+		t.begin(p, false)
+	}
+}
+
+// deliver hands over the packets of one session, those of them that are the
+// peer's to send.
+func (t *Tunnel) deliver(c *catch, s *session) {
+	if len(c.packets) == 0 {
 		return
 	}
 	p := s.peer
 	// From the check to the end of Deliver, so that awaitDelivery can tell
 	// when nothing that was allowed before is on its way any more.
-	p.delivery.Lock()
-	defer p.delivery.Unlock()
+	p.delivery <- struct{}{}
+	defer func() { <-p.delivery }()
 
-	list := lists.Get().(*[][]byte)
-	packets := (*list)[:0]
+	packets := c.packets[:0]
 	var refused, bytes uint64
 	blocked := t.blocked.Load()
 	t.mu.RLock()
-	for _, b := range bufs {
-		packet := b[offset:]
-		src, dst, ok := addresses(packet)
-		if !ok || p.dead.Load() || t.table.owner(src) != p || isBlocked(blocked, src) || isBlocked(blocked, dst) {
+	for _, b := range c.packets {
+		packet, ok := unpad(b)
+		if ok {
+			src, dst, _ := addresses(packet)
+			ok = !p.dead.Load() && t.table.owner(src) == p && !isBlocked(blocked, src) && !isBlocked(blocked, dst)
+		}
+		if !ok {
 			refused++
 			continue
 		}
@@ -190,29 +195,35 @@ func (t *Tunnel) deliver(bufs [][]byte, offset int) {
 		bytes += uint64(len(packet))
 	}
 	t.mu.RUnlock()
-
-	now := time.Now()
-	if p.handshake.Load() < s.born.UnixNano() {
-		p.handshake.Store(now.UnixNano())
-	}
-	last := bufs[len(bufs)-1]
-	if cap(last) >= orderAt+8 {
-		order := binary.LittleEndian.Uint64(last[:cap(last)][orderAt:])
-		// Nonsense after a giant datagram, which at worst its sender feels.
-		if order > p.opened.Load() {
-			p.opened.Store(order)
-		}
-	}
 	if len(packets) > 0 && !t.isClosing() {
-		p.active.Store(now.UnixNano())
+		p.active.Store(time.Now().UnixNano())
 		p.rxBytes.Add(bytes)
 		t.stats.packetsIn.Add(uint64(len(packets)))
-		p.delivering.Store(true)
 		t.cfg.Deliver(p.key, packets)
-		p.delivering.Store(false)
 	}
-	t.stats.dropSource.Add(refused)
-	clear(packets)
-	*list = packets[:0]
-	lists.Put(list)
+	if refused > 0 {
+		t.stats.dropSource.Add(refused)
+	}
+	clear(c.packets)
+	c.packets = c.packets[:0]
+}
+
+// unpad cuts an IP packet to the length that its header states, and returns
+// false for what is no IP packet.
+func unpad(b []byte) ([]byte, bool) {
+	n := 0
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4:
+		if n = int(binary.BigEndian.Uint16(b[2:])); n < 20 {
+			return nil, false
+		}
+	case len(b) >= 40 && b[0]>>4 == 6:
+		n = int(binary.BigEndian.Uint16(b[4:])) + 40
+	default:
+		return nil, false
+	}
+	if n > len(b) {
+		return nil, false
+	}
+	return b[:n], true
 }

@@ -1,133 +1,203 @@
 package tunnel
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"sync"
 	"time"
 
-	"golang.zx2c4.com/wireguard/conn"
+	"golang.org/x/crypto/chacha20poly1305"
 
 	"mesh/identity"
 )
 
-// batchSize is how many packets go through the Device at a time. Each of its
-// two readers keeps that many 64 KB buffers.
-const batchSize = 16
-
 const (
-	trainBytes    = batchSize * (MTU + 64)
-	messageHeader = 16 // of a transport message: type, receiver index, counter
-	keepaliveSize = 32 // a transport message without a packet
+	// trainBytes is how much ciphertext is handed to the path at a time: what
+	// fits one train of datagrams in the kernel.
+	trainBytes   = 65400
+	trainPackets = 64
+	maxPacket    = trainBytes - messageHeader - padding - tagSize // so that a datagram can hold it
 )
 
-// A train is a few packets of one direction, copied out of the caller's
-// buffers, back to back.
+// train is ciphertext for one peer, laid end to end.
 type train struct {
-	peer *peer                // outbound: the one it is for
-	eps  [batchSize]*endpoint // inbound: from where each came
-	ends [batchSize]int
-	n    int
-	next int // first one not consumed yet
-	buf  []byte
+	buf       []byte // capacity trainBytes
+	datagrams [][]byte
+	chosen    [trainPackets]bool
+	nonce     [chacha20poly1305.NonceSize]byte
 }
 
-var trains = sync.Pool{New: func() any { return &train{buf: make([]byte, 0, trainBytes)} }}
+var trains = sync.Pool{New: func() any {
+	return &train{buf: make([]byte, 0, trainBytes), datagrams: make([][]byte, 0, trainPackets)}
+}}
 
-func newTrain() *train { return trains.Get().(*train) }
-
-func (tr *train) free() {
-	if cap(tr.buf) > trainBytes {
-		return // made for a giant: leave it to the garbage collector
-	}
-	clear(tr.eps[:tr.n])
-	tr.peer, tr.n, tr.next, tr.buf = nil, 0, 0, tr.buf[:0]
-	trains.Put(tr)
-}
-
-// add copies b and reports whether there was room. An empty train takes any.
-func (tr *train) add(b []byte) bool {
-	if tr.n == batchSize || tr.n > 0 && len(tr.buf)+len(b) > cap(tr.buf) {
-		return false
-	}
-	tr.buf = append(tr.buf, b...)
-	tr.ends[tr.n] = len(tr.buf)
-	tr.n++
-	return true
-}
-
-// drop takes out what was added last.
-func (tr *train) drop() {
-	tr.n--
-	tr.buf = tr.buf[:len(tr.buf)-len(tr.packet(tr.n))]
-}
-
-func (tr *train) packet(i int) []byte {
-	start := 0
-	if i > 0 {
-		start = tr.ends[i-1]
-	}
-	return tr.buf[start:tr.ends[i]]
-}
-
-// Send queues IP packets for a peer, which is created if need be; the error is
-// then ErrUnknownPeer if Lookup does not know it. The packets are copied. Send
-// waits while the peer's queue is full and moving. Packets are dropped, and
-// counted, when their destination is not the peer's or when nothing can leave
-// for the peer.
-func (t *Tunnel) Send(peer identity.NodePublic, packets [][]byte) error {
+// Send seals IP packets for a peer and hands them to the path before it
+// returns, in the caller's goroutine. The peer is created if need be; the error
+// is then ErrUnknownPeer if Lookup does not know it. Without a session a copy
+// of some packets waits for the handshake. Packets are dropped, and counted,
+// when their destination is not the peer's or when they would wait in vain.
+func (t *Tunnel) Send(to identity.NodePublic, packets [][]byte) error {
 	if len(packets) == 0 {
 		return nil
 	}
-	p, err := t.obtain(peer)
+	if !t.calls.enter() {
+		return fmt.Errorf("tunnel: send: %w", ErrClosed)
+	}
+	defer t.calls.leave()
+	p, err := t.obtain(to)
 	if err != nil {
 		t.stats.dropNoPeer.Add(uint64(len(packets)))
 		return fmt.Errorf("tunnel: send: %w", err)
 	}
-	blocked := t.blocked.Load()
-	for len(packets) > 0 {
-		tr := newTrain()
-		tr.peer = p
-		var refused uint64
-		t.mu.RLock()
-		for len(packets) > 0 {
-			_, dst, ok := addresses(packets[0])
-			if !ok || t.table.owner(dst) != p || isBlocked(blocked, dst) {
-				refused++
-			} else if !tr.add(packets[0]) {
-				break
-			}
-			packets = packets[1:]
-		}
-		t.mu.RUnlock()
-		t.stats.dropDestination.Add(refused)
-		if tr.n == 0 {
-			tr.free()
-			continue
-		}
-		n := tr.n
-		if !p.take(n, t.closing) {
-			tr.free()
-			t.stats.dropStalled.Add(uint64(n))
-			if t.isClosing() {
-				return fmt.Errorf("tunnel: send: %w", ErrClosed)
-			}
-			// Removed meanwhile: for good, or because it seemed idle.
-			if p.dead.Load() {
-				if p, err = t.obtain(peer); err != nil {
-					return fmt.Errorf("tunnel: send: %w", err)
-				}
-			}
-			continue
-		}
-		select {
-		case t.out <- tr:
-		case <-t.closing:
-			return fmt.Errorf("tunnel: send: %w", ErrClosed)
+	now := time.Now()
+	s := p.current.Load()
+	if s == nil || !s.usable(now) {
+		if s = t.stage(p, packets, now); s == nil {
+			return nil
 		}
 	}
+	// Nonces that ran out, which nobody will see.
+	t.stats.dropStalled.Add(uint64(t.seal(p, s, packets, now)))
 	return nil
+}
+
+// stage keeps packets until there is a session, and begins a handshake if none
+// is under way. It returns the session instead if there is one by now.
+func (t *Tunnel) stage(p *peer, packets [][]byte, now time.Time) *session {
+	p.mu.Lock()
+	if s := p.current.Load(); s != nil && s.usable(now) {
+		p.mu.Unlock()
+		return s
+	}
+	chosen := packets[:0:0]
+	refused := 0
+	blocked := t.blocked.Load()
+	t.mu.RLock()
+	for _, b := range packets {
+		if t.mayCarry(p, b, blocked) {
+			chosen = append(chosen, b)
+		} else {
+			refused++
+		}
+	}
+	t.mu.RUnlock()
+	dropped := p.stage(chosen)
+	idle := p.begun == nil
+	p.mu.Unlock()
+	t.stats.dropDestination.Add(uint64(refused))
+	t.stats.dropStalled.Add(uint64(dropped))
+	if idle && len(chosen) > 0 {
+		t.begin(p, false)
+	}
+	return nil
+}
+
+// mayCarry reports whether a packet's destination is p's. The caller holds mu.
+func (t *Tunnel) mayCarry(p *peer, b []byte, blocked *lpm[struct{}]) bool {
+	_, dst, ok := addresses(b)
+	return ok && len(b) <= maxPacket && t.table.owner(dst) == p && !isBlocked(blocked, dst)
+}
+
+// seal seals packets that are for p and sends them. It returns how many were
+// left when the session could not go on.
+func (t *Tunnel) seal(p *peer, s *session, packets [][]byte, now time.Time) (left int) {
+	tr := trains.Get().(*train)
+	defer trains.Put(tr)
+	blocked := t.blocked.Load()
+	for len(packets) > 0 {
+		batch := packets[:min(len(packets), trainPackets)]
+		packets = packets[len(batch):]
+		refused := 0
+		var last netip.Addr
+		owned := false
+		t.mu.RLock()
+		for i, b := range batch {
+			_, dst, ok := addresses(b)
+			if ok && dst != last {
+				last, owned = dst, t.table.owner(dst) == p && !isBlocked(blocked, dst)
+			}
+			tr.chosen[i] = ok && owned && len(b) <= maxPacket
+			if !tr.chosen[i] {
+				refused++
+			}
+		}
+		t.mu.RUnlock()
+		if refused > 0 {
+			t.stats.dropDestination.Add(uint64(refused))
+		}
+		var bytes uint64
+		buf := tr.buf[:0]
+		for i, b := range batch {
+			if !tr.chosen[i] {
+				continue
+			}
+			if len(buf)+sealedSize(len(b)) > trainBytes && len(buf) > 0 {
+				t.flush(p, tr, bytes)
+				buf, bytes = tr.buf[:0], 0
+			}
+			at := len(buf)
+			var ok bool
+			if buf, ok = s.sealTo(buf, b, &tr.nonce); !ok {
+				t.flush(p, tr, bytes)
+				return len(batch) - i + len(packets)
+			}
+			tr.datagrams = append(tr.datagrams, buf[at:len(buf)])
+			bytes += uint64(len(b))
+		}
+		t.flush(p, tr, bytes)
+	}
+	if s.old(now) && !s.renewed.Swap(true) {
+		t.begin(p, false)
+	}
+	return 0
+}
+
+// flush sends what is in the train.
+func (t *Tunnel) flush(p *peer, tr *train, bytes uint64) {
+	n := len(tr.datagrams)
+	if n == 0 {
+		return
+	}
+	p.txBytes.Add(bytes)
+	t.stats.packetsOut.Add(uint64(n))
+	now := t.instant()
+	t.transmit(p, tr.datagrams, now)
+	clear(tr.datagrams)
+	tr.datagrams = tr.datagrams[:0]
+}
+
+// keepalive sends a message without a packet.
+func (t *Tunnel) keepalive(p *peer, s *session) {
+	tr := trains.Get().(*train)
+	defer trains.Put(tr)
+	if b, ok := s.sealTo(tr.buf[:0], nil, &tr.nonce); ok {
+		t.transmit(p, [][]byte{b}, 0)
+	}
+}
+
+// transmit hands datagrams to the path, with the address that the peer was last
+// heard from if the path does not know it. data, if not 0, is the instant at
+// which packets leave that the peer will answer.
+func (t *Tunnel) transmit(p *peer, datagrams [][]byte, data int64) {
+	if p.dead.Load() || t.isClosing() {
+		return
+	}
+	e := p.here.Load()
+	if e.src.Addr.IsValid() && !e.announced.Swap(true) && t.cfg.Authenticated != nil {
+		t.cfg.Authenticated(p.key, e.src)
+	}
+	if p.owed.Load() != 0 && datagrams[0][0] == typeData {
+		p.owed.Store(0)
+	}
+	if data != 0 && p.unanswered.Load() == 0 {
+		p.unanswered.Store(data)
+		t.ring(p, data+int64(silenceAfter))
+	}
+	err := t.cfg.Send(p.key, e.src.Addr, datagrams)
+	t.stats.datagramsOut.Add(uint64(len(datagrams)))
+	if err != nil {
+		t.stats.sendErrors.Add(1)
+	}
 }
 
 // addresses returns source and destination of an IP packet whose header is
@@ -151,77 +221,4 @@ func isBlocked(set *lpm[struct{}], a netip.Addr) bool {
 	}
 	_, ok := set.lookup(a)
 	return ok
-}
-
-// fill moves packets of tr into the Device's buffers while they are still
-// their peer's, and returns how many buffers are full then. The caller holds
-// route.
-func (t *Tunnel) fill(tr *train, bufs [][]byte, sizes []int, offset, n int) int {
-	p := tr.peer
-	blocked := t.blocked.Load()
-	var refused int
-	var bytes uint64
-	t.mu.RLock()
-	for tr.next < tr.n && n < len(bufs) {
-		b := tr.packet(tr.next)
-		tr.next++
-		_, dst, _ := addresses(b)
-		// The Device adds up to 16 bytes of padding and a tag of 16.
-		if t.table.owner(dst) != p || isBlocked(blocked, dst) || len(b) > len(bufs[n])-offset-32 {
-			refused++
-			continue
-		}
-		sizes[n] = copy(bufs[n][offset:], b)
-		bytes += uint64(len(b))
-		n++
-	}
-	t.mu.RUnlock()
-	p.txBytes.Add(bytes)
-	t.stats.dropDestination.Add(uint64(refused))
-	p.giveBack(refused)
-	return n
-}
-
-// transmit is the Device's way out: ciphertext, with the endpoint that it last
-// authenticated a packet from.
-func (t *Tunnel) transmit(bufs [][]byte, ep conn.Endpoint) error {
-	e, ok := ep.(*endpoint)
-	if !ok {
-		return conn.ErrWrongEndpointType
-	}
-	p, now := e.peer, time.Now()
-	data, proven := 0, true
-	for _, b := range bufs {
-		if len(b) < keepaliveSize {
-			continue
-		}
-		switch b[0] {
-		case typeInitiation, typeResponse:
-			t.register(binary.LittleEndian.Uint32(b[4:]), p, now)
-		case typeCookie:
-			proven = false // answers an initiation that nobody checked
-		case typeData:
-			if len(b) > keepaliveSize {
-				data++
-			}
-			// The first message under a new key: the handshake is complete.
-			if remote := binary.LittleEndian.Uint32(b[4:]); p.remote.Swap(remote) != remote {
-				p.handshake.Store(now.UnixNano())
-			}
-		}
-	}
-	var err error
-	if !p.dead.Load() && !t.isClosing() {
-		if proven && e.src.Addr.IsValid() && !e.announced.Swap(true) && t.cfg.Authenticated != nil {
-			t.cfg.Authenticated(p.key, e.src)
-		}
-		err = t.cfg.Send(p.key, e.src.Addr, bufs)
-		t.stats.datagramsOut.Add(uint64(len(bufs)))
-		t.stats.packetsOut.Add(uint64(data))
-		if err != nil {
-			t.stats.sendErrors.Add(1)
-		}
-	}
-	p.left(data, now)
-	return err
 }

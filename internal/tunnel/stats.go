@@ -17,28 +17,31 @@ type Stats struct {
 	SendErrors   uint64 // Config.Send returned an error
 	Evicted      uint64 // peers removed because they were idle
 	Greeted      uint64 // handshakes begun with peers that used a lost session
+	CookiesOut   uint64 // sent to those who came in a flood
+	CookiesIn    uint64 // taken from peers that are flooded
 
 	// Outbound packets that were dropped. The first also counts initiations of
 	// known peers that could not be created.
 	DropNoPeer      uint64 // Lookup does not know the peer, or it could not be created
 	DropDestination uint64 // destination is not the peer's, blocked, or no IP packet
-	DropStalled     uint64 // nothing leaves for this peer
+	DropStalled     uint64 // they waited for a session, or would have
 
 	// Inbound datagrams and packets that were dropped.
 	DropMalformed  uint64 // not a WireGuard message
 	DropSession    uint64 // addressed to no session of ours
 	DropMismatch   uint64 // the relay names another sender than the cryptography
-	DropBacklog    uint64 // arrived faster than they could be opened or delivered
+	DropBacklog    uint64 // handshake messages that arrived faster than they could be read
 	DropSource     uint64 // sealed by a peer that does not own the source address
 	DropMAC        uint64 // initiations without knowledge of our key
 	DropRate       uint64 // initiations above the rate
-	DropForged     uint64 // initiations that do not open
+	DropForged     uint64 // messages that do not open
 	DropUnknownKey uint64 // initiations from keys that Lookup does not know
-	DropReplay     uint64 // initiations not newer than the peer's last, and second copies of responses
+	DropReplay     uint64 // initiations not newer than the peer's last, and second copies of anything else
 }
 
 type counters struct {
 	packetsOut, packetsIn, datagramsOut, datagramsIn, sendErrors, evicted, greeted atomic.Uint64
+	cookiesOut, cookiesIn                                                          atomic.Uint64
 
 	dropNoPeer, dropDestination, dropStalled                  atomic.Uint64
 	dropMalformed, dropSession, dropMismatch, dropBacklog     atomic.Uint64
@@ -57,6 +60,8 @@ func (t *Tunnel) Stats() Stats {
 		SendErrors:      c.sendErrors.Load(),
 		Evicted:         c.evicted.Load(),
 		Greeted:         c.greeted.Load(),
+		CookiesOut:      c.cookiesOut.Load(),
+		CookiesIn:       c.cookiesIn.Load(),
 		DropNoPeer:      c.dropNoPeer.Load(),
 		DropDestination: c.dropDestination.Load(),
 		DropStalled:     c.dropStalled.Load(),

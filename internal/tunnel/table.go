@@ -89,9 +89,8 @@ func usable(p netip.Prefix) (netip.Prefix, bool) {
 // table says which peer owns which addresses. A prefix claimed by two peers is
 // owned by none, and hides the shorter prefixes around it.
 type table struct {
-	owners  lpm[*peer] // nil value: contested
-	claims  map[netip.Prefix][]*peer
-	touched map[netip.Prefix]*peer // owners before the changes since the last take
+	owners lpm[*peer] // nil value: contested
+	claims map[netip.Prefix][]*peer
 }
 
 func (tb *table) owner(a netip.Addr) *peer {
@@ -110,10 +109,6 @@ func (tb *table) release(prefix netip.Prefix, p *peer) {
 func (tb *table) change(prefix netip.Prefix, claims []*peer) {
 	if tb.claims == nil {
 		tb.claims = make(map[netip.Prefix][]*peer)
-		tb.touched = make(map[netip.Prefix]*peer)
-	}
-	if _, ok := tb.touched[prefix]; !ok {
-		tb.touched[prefix] = tb.exact(prefix)
 	}
 	switch len(claims) {
 	case 0:
@@ -126,29 +121,4 @@ func (tb *table) change(prefix netip.Prefix, claims []*peer) {
 		tb.owners.set(prefix, nil)
 	}
 	tb.claims[prefix] = claims
-}
-
-func (tb *table) exact(prefix netip.Prefix) *peer {
-	if c := tb.claims[prefix]; len(c) == 1 {
-		return c[0]
-	}
-	return nil
-}
-
-// transfer is a prefix that changed hands; nil stands for nobody.
-type transfer struct {
-	prefix   netip.Prefix
-	from, to *peer
-}
-
-// take returns what changed since it was last called.
-func (tb *table) take() []transfer {
-	var ts []transfer
-	for prefix, before := range tb.touched {
-		if now := tb.exact(prefix); now != before {
-			ts = append(ts, transfer{prefix, before, now})
-		}
-	}
-	clear(tb.touched)
-	return ts
 }

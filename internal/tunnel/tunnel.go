@@ -11,8 +11,13 @@
 // the peer that sealed it. An address that two peers claim is nobody's until
 // one of them lets go.
 //
-// Cryptography, timers and session state are those of wireguard-go's Device,
-// which this package hides completely.
+// It speaks the WireGuard protocol: handshake, cookies, sessions and timers are
+// those of its paper. What is particular to this implementation: all work on a
+// packet is done in the goroutine that brings it, sealing in Send and opening in
+// Receive, so that no peer has goroutines, queues or buffers of its own. The
+// state of a handshake that we began is apart from that of one that we answer,
+// so that two nodes that begin at the same moment both succeed. Upstream's
+// Device is the peer that judges all this in the tests.
 package tunnel
 
 import (
@@ -28,7 +33,6 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
-	"golang.zx2c4.com/wireguard/device"
 
 	"mesh/identity"
 )
@@ -41,17 +45,21 @@ const MTU = 1280
 const DefaultIdleAfter = 5 * time.Minute
 
 const (
-	outQueue  = 32  // trains of packets waiting to be routed
-	inQueue   = 128 // trains of datagrams waiting to be opened
-	initQueue = 128 // handshake initiations waiting for their check
+	knockQueue = 128 // handshake messages waiting to be read
+	maxPeers   = 1 << 16
 
 	// Initiations whose sender nobody vouches for are opened at this rate at
 	// most, so that a flood with random keys costs about 2 % of a core.
 	initRate  = 200
 	initBurst = 100
+	// cookieRate is how many of those above it are answered with a cookie,
+	// which costs little and is smaller than what asked for it.
+	cookieRate = 5000
 	// initGap is the least distance of two initiations from a known source
-	// that do not count against that rate; Device has the same limit.
+	// that do not count against that rate.
 	initGap = 20 * time.Millisecond
+	// oldKeyFor is how long handshakes with the former key are answered.
+	oldKeyFor = rejectAfter
 )
 
 var (
@@ -77,7 +85,8 @@ type Peer struct {
 }
 
 // Config holds what a Tunnel needs from its surroundings. Callbacks are never
-// called after Close returned; they may be called from several goroutines.
+// called after Close returned; they may be called from several goroutines, and
+// from within Send and Receive.
 type Config struct {
 	// Key is the node's private key. Required.
 	Key identity.NodePrivate
@@ -86,12 +95,14 @@ type Config struct {
 	Lookup func(identity.NodePublic) (Peer, bool)
 	// Send carries ciphertext to a peer. The address is a hint and normally
 	// zero: the UDP address of an authenticated packet whose sender the path
-	// did not know. The buffers are only lent during the call. Send may block
-	// for back-pressure but must not call into the Tunnel. Required.
+	// did not know. The buffers are only lent during the call; those of one
+	// call often lie end to end in memory. Send may block for back-pressure
+	// but must not call into the Tunnel. Required.
 	Send func(peer identity.NodePublic, addr netip.AddrPort, datagrams [][]byte) error
 	// Deliver takes IP packets that the peer sealed and whose source is the
 	// peer's. The buffers are only lent during the call. It may call
-	// Tunnel.Send, but neither Update, Block, SetKey nor Close. Required.
+	// Tunnel.Send, but neither Update, Block, SetKey nor Close. Calls for one
+	// peer do not overlap. Required.
 	Deliver func(peer identity.NodePublic, packets [][]byte)
 	// Authenticated reports that a packet from a Source whose sender was
 	// unknown (or wrongly known) to the path was sealed by peer. It is called
@@ -99,6 +110,9 @@ type Config struct {
 	// peer made the packet, not that it lives at the address. Like Send it
 	// must not call into the Tunnel. Optional.
 	Authenticated func(peer identity.NodePublic, src Source)
+	// Reply sends a cookie to a UDP address from which an initiation came that
+	// there is no time to open. Optional: without it such are only dropped.
+	Reply func(addr netip.AddrPort, datagram []byte)
 	// PSK returns the pre-shared key of a peer when it is created. Optional,
 	// nil means all zero.
 	PSK func(identity.NodePublic) [32]byte
@@ -112,43 +126,40 @@ type Config struct {
 // Tunnel is the encrypting half of a node. All methods may be called
 // concurrently.
 type Tunnel struct {
-	cfg Config
-	log *zap.Logger
+	cfg   Config
+	log   *zap.Logger
+	epoch time.Time
+	calls gate
 
-	key      atomic.Pointer[localKey]
+	keys     atomic.Pointer[keyring]       // changed under route
 	blocked  atomic.Pointer[lpm[struct{}]] // see Block; nil means none
 	stats    counters
 	history  history
 	strange  *rate.Limiter // initiations from sources nobody vouches for
+	cookies  *rate.Limiter // cookies for those above that
+	seated   *rate.Limiter // initiations of those who have one
 	revision atomic.Uint64 // counts Updates, so that older lookups are not applied; changed under route
+	alarms   alarms
 
-	// route is held by whoever changes which peer owns an address, and by the
-	// Device's reader from the moment packets are handed to it until it has
-	// routed them. Taken before mu.
+	// route is held by whoever changes which peer owns an address, or which
+	// peers there are. Taken before the lock of a peer and before mu.
 	route  sync.Mutex
-	closed bool           // guarded by route
-	dev    *device.Device // guarded by route; changes with the key
-
-	keyChange sync.Mutex // held for the whole of a change of the key; taken first
+	closed bool // guarded by route
 
 	// mu guards the maps and the table below, and what peers say it guards.
 	// Nothing is called and nothing waits while it is held.
-	mu       sync.RWMutex
-	peers    map[identity.NodePublic]*peer
-	sessions map[uint32]*session // by the index that we chose
-	table    table
-	leaving  map[identity.NodePublic]chan struct{} // closed when the Device has let go of the peer
-	held     map[identity.NodePublic]heldInitiation
-	changing chan struct{} // closed when a change of the key is done; nil if there is none
+	mu      sync.RWMutex
+	peers   map[identity.NodePublic]*peer
+	indexes map[uint32]slot // what the indexes that we chose stand for
+	table   table
+	held    map[identity.NodePublic]heldInitiation
 
-	out     chan *train
-	in      chan *train
-	inits   chan initiation
+	knocks  chan knocking
 	lost    chan identity.NodePublic // peers that use a session we do not have
 	born    chan struct{}            // a peer was created: the idle timer has to run
 	closing chan struct{}
 	done    chan struct{}  // Close has finished
-	wg      sync.WaitGroup // the worker and goroutines that dismiss peers
+	wg      sync.WaitGroup // the worker
 }
 
 // New starts a Tunnel. It holds no peer until there is traffic.
@@ -170,40 +181,26 @@ func New(cfg Config) (*Tunnel, error) {
 		return nil, fmt.Errorf("tunnel: %w", err)
 	}
 	t := &Tunnel{
-		cfg:      cfg,
-		log:      cfg.Logger,
-		strange:  rate.NewLimiter(initRate, initBurst),
-		peers:    make(map[identity.NodePublic]*peer),
-		sessions: make(map[uint32]*session),
-		leaving:  make(map[identity.NodePublic]chan struct{}),
-		held:     make(map[identity.NodePublic]heldInitiation),
-		out:      make(chan *train, outQueue),
-		in:       make(chan *train, inQueue),
-		inits:    make(chan initiation, initQueue),
-		lost:     make(chan identity.NodePublic, 16),
-		born:     make(chan struct{}, 1),
-		closing:  make(chan struct{}),
-		done:     make(chan struct{}),
+		cfg:     cfg,
+		log:     cfg.Logger,
+		epoch:   time.Now(),
+		calls:   gate{empty: make(chan struct{}, 1)},
+		strange: rate.NewLimiter(initRate, initBurst),
+		cookies: rate.NewLimiter(cookieRate, cookieRate),
+		seated:  rate.NewLimiter(initRate, initBurst),
+		alarms:  alarms{poke: make(chan struct{}, 1)},
+		peers:   make(map[identity.NodePublic]*peer),
+		indexes: make(map[uint32]slot),
+		held:    make(map[identity.NodePublic]heldInitiation),
+		knocks:  make(chan knocking, knockQueue),
+		lost:    make(chan identity.NodePublic, 16),
+		born:    make(chan struct{}, 1),
+		closing: make(chan struct{}),
+		done:    make(chan struct{}),
 	}
-	t.key.Store(key)
-	if t.dev, err = t.newDevice(cfg.Key); err != nil {
-		return nil, err
-	}
+	t.keys.Store(&keyring{current: key})
 	t.wg.Go(t.work)
 	return t, nil
-}
-
-func (t *Tunnel) newDevice(k identity.NodePrivate) (*device.Device, error) {
-	dev := device.NewDevice(newFakeTUN(t), &fakeBind{t: t}, deviceLogger(t.log))
-	err := dev.SetPrivateKey(k.Bytes())
-	if err == nil {
-		err = dev.Up()
-	}
-	if err != nil {
-		dev.Close()
-		return nil, fmt.Errorf("tunnel: start: %w", err)
-	}
-	return dev, nil
 }
 
 // Close ends all sessions and returns when no callback runs any more and none
@@ -219,28 +216,77 @@ func (t *Tunnel) Close() error {
 		return nil
 	}
 	close(t.closing)
-	t.keyChange.Lock()
-	defer t.keyChange.Unlock()
+	t.calls.close()
 	t.wg.Wait()
 	t.route.Lock()
-	dev := t.dev
+	t.mu.Lock()
+	for _, p := range t.peers {
+		t.retire(p)
+	}
+	t.mu.Unlock()
 	t.route.Unlock()
-	closeDevice(dev, t.active())
 	close(t.done)
 	return nil
 }
 
-// closeDevice ends a Device that has at most the given peers.
-func closeDevice(dev *device.Device, peers []*peer) {
-	for _, p := range peers {
-		dropFinalizers(dev.LookupPeer(p.key.Bytes()))
-	}
-	dev.Close()
+// gate lets calls in until it is closed, and then waits for those inside.
+type gate struct {
+	state atomic.Int64  // calls inside; negative by a lot once closed
+	empty chan struct{} // capacity 1: the last call has left a closed gate
 }
 
-// SetKey replaces the node's private key. All sessions end at once, since they
-// belong to the old key; whatever is sent next starts a handshake with the new
-// one, and initiations made for the old key are refused.
+const gateClosed = -1 << 40
+
+func (g *gate) enter() bool {
+	if g.state.Add(1) > 0 {
+		return true
+	}
+	g.leave()
+	return false
+}
+
+func (g *gate) leave() {
+	if g.state.Add(-1) == gateClosed {
+		select {
+		case g.empty <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (g *gate) close() {
+	for n := g.state.Add(gateClosed); n != gateClosed; n = g.state.Load() {
+		<-g.empty
+	}
+}
+
+// keyring are the node's keys: the one in use, and for a while the one before.
+type keyring struct {
+	current *localKey
+	former  *localKey // nil if there is none
+	until   time.Time // when the former one is over
+}
+
+// knownTo returns the key of ours that the sender of a handshake message knows.
+func (r *keyring) knownTo(msg []byte, now time.Time) *localKey {
+	switch {
+	case r.current.door.knows(msg):
+		return r.current
+	case r.former != nil && now.Before(r.until) && r.former.door.knows(msg):
+		return r.former
+	}
+	return nil
+}
+
+// owns reports whether a public key is ours.
+func (r *keyring) owns(key identity.NodePublic) bool {
+	return key == r.current.public || r.former != nil && key == r.former.public
+}
+
+// SetKey replaces the node's private key. Sessions live on until they are
+// renewed, which is begun at once: a peer that has heard of the new key answers
+// now, one that has not when it does. Initiations made for the former key are
+// answered for three minutes more.
 func (t *Tunnel) SetKey(k identity.NodePrivate) error {
 	if k.IsZero() {
 		return errors.New("tunnel: no private key")
@@ -249,50 +295,34 @@ func (t *Tunnel) SetKey(k identity.NodePrivate) error {
 	if err != nil {
 		return fmt.Errorf("tunnel: %w", err)
 	}
-	t.keyChange.Lock()
-	defer t.keyChange.Unlock()
-	if key.public == t.key.Load().public {
-		return nil
-	}
-
-	// A new Device, because SetPrivateKey of one that is shaking hands can
-	// deadlock: ConsumeMessageResponse takes the handshake's lock before that
-	// of the identity, everybody else after it.
 	t.route.Lock()
 	if t.closed {
 		t.route.Unlock()
 		return ErrClosed
 	}
+	former := t.keys.Load().current
+	if key.public == former.public {
+		t.route.Unlock()
+		return nil
+	}
 	t.revision.Add(1)
-	old, changed := t.dev, make(chan struct{})
-	t.mu.Lock()
-	t.changing = changed
-	peers := slices.Collect(maps.Values(t.peers))
-	for _, p := range peers {
-		t.retire(p)
-	}
-	t.table.take()
-	t.mu.Unlock()
+	t.keys.Store(&keyring{current: key, former: former, until: time.Now().Add(oldKeyFor)})
 	t.route.Unlock()
-
-	closeDevice(old, peers)
-	fresh, err := t.newDevice(k)
-
-	t.route.Lock()
-	defer t.route.Unlock()
-	if err == nil {
-		t.dev = fresh
-		t.key.Store(key)
+	for _, p := range t.active() {
+		p.mu.Lock()
+		renew := p.current.Load() != nil || p.begun != nil
+		if p.begun != nil { // under the former key
+			t.dropIndex(p.begun.index)
+			p.begun = nil
+		}
+		p.since = time.Time{}
+		p.mu.Unlock()
+		if renew && t.calls.enter() {
+			t.begin(p, false)
+			t.calls.leave()
+		}
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.changing = nil
-	close(changed)
-	for _, p := range peers {
-		close(t.leaving[p.key])
-		delete(t.leaving, p.key)
-	}
-	return err
+	return nil
 }
 
 // Block refuses packets from and to the given inner addresses, whoever sends
@@ -314,6 +344,31 @@ func (t *Tunnel) Block(prefixes []netip.Prefix) {
 	}
 }
 
+// Drain waits until the packets that were sent to peers have left, but not
+// longer than atMost. It is for last words, such as the resets of connections,
+// before Update to the peers that go. Only what waits for a handshake has not
+// left when Send returns; with no keys it is not waited for, since nobody knows
+// whether it ever will.
+func (t *Tunnel) Drain(atMost time.Duration, keys ...identity.NodePublic) {
+	if len(keys) == 0 {
+		return
+	}
+	deadline := time.NewTimer(atMost)
+	defer deadline.Stop()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for _, p := range t.active() {
+		for slices.Contains(keys, p.key) && p.waiting() > 0 && !p.dead.Load() {
+			select {
+			case <-tick.C:
+			case <-p.gone:
+			case <-deadline.C:
+				return
+			}
+		}
+	}
+}
+
 // active returns the configured peers.
 func (t *Tunnel) active() []*peer {
 	t.mu.RLock()
@@ -321,21 +376,37 @@ func (t *Tunnel) active() []*peer {
 	return slices.Collect(maps.Values(t.peers))
 }
 
-// work opens initiations and removes idle peers, one after the other.
+func (t *Tunnel) isClosing() bool {
+	select {
+	case <-t.closing:
+		return true
+	default:
+		return false
+	}
+}
+
+// work reads handshake messages, minds the timers and removes idle peers, one
+// after the other.
 func (t *Tunnel) work() {
-	idle := time.NewTimer(t.cfg.IdleAfter)
+	idle, alarm := time.NewTimer(0), time.NewTimer(0)
 	defer idle.Stop()
+	defer alarm.Stop()
 	idle.Stop()
+	alarm.Stop()
 	armed := false
 	greeted := make(map[identity.NodePublic]time.Time)
 	for {
 		select {
 		case <-t.closing:
 			return
-		case in := <-t.inits:
-			t.admit(in)
+		case k := <-t.knocks:
+			t.answer(&k)
 		case key := <-t.lost:
 			t.greet(key, greeted)
+		case <-t.alarms.poke:
+			t.tendDue(alarm)
+		case <-alarm.C:
+			t.tendDue(alarm)
 		case <-t.born:
 			if !armed {
 				armed = true
@@ -347,5 +418,24 @@ func (t *Tunnel) work() {
 				idle.Reset(next)
 			}
 		}
+	}
+}
+
+// tendDue does what is due and sets the timer for what is next.
+func (t *Tunnel) tendDue(alarm *time.Timer) {
+	for {
+		peers, next := t.alarms.due(t.instant())
+		for _, p := range peers {
+			t.tend(p)
+		}
+		if len(peers) > 0 {
+			continue // tending set new alarms
+		}
+		if next > 0 {
+			alarm.Reset(next)
+		} else {
+			alarm.Stop()
+		}
+		return
 	}
 }

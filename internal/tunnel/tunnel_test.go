@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	"golang.zx2c4.com/wireguard/device"
 
 	"mesh/identity"
 )
@@ -25,6 +24,15 @@ type network struct {
 	source func(from, to *node) Source
 	// wire, if set, may lose, repeat or reorder; what it returns arrives.
 	wire func(from, to *node, datagram []byte) [][]byte
+	// inline networks deliver in the goroutine of the sender.
+	inline bool
+	wg     sync.WaitGroup // the nodes' readers
+}
+
+// parcel is what arrives at a node at once.
+type parcel struct {
+	src       Source
+	datagrams [][]byte
 }
 
 type got struct {
@@ -46,6 +54,10 @@ type node struct {
 	hints         []netip.AddrPort
 	authenticated []Source
 	onDeliver     func(got)
+
+	inbox  []parcel
+	mail   chan struct{} // capacity 1: there is something in inbox
+	closed chan struct{} // the network is
 }
 
 func newNetwork() *network { return &network{nodes: make(map[identity.NodePublic]*node)} }
@@ -60,6 +72,8 @@ func (nw *network) add(tb testing.TB, name string, number byte, change ...func(*
 		v4:      netip.AddrFrom4([4]byte{100, 64, 0, number}),
 		v6:      netip.AddrFrom16([16]byte{0xfd, 0x7a, 15: number}),
 		netmap:  make(map[identity.NodePublic]Peer),
+		mail:    make(chan struct{}, 1),
+		closed:  make(chan struct{}),
 	}
 	n.key = n.private.Public()
 	cfg := Config{
@@ -77,6 +91,7 @@ func (nw *network) add(tb testing.TB, name string, number byte, change ...func(*
 		tb.Fatal(err)
 	}
 	n.t = t
+	nw.wg.Go(n.read)
 	nw.mu.Lock()
 	nw.nodes[n.key] = n
 	nw.mu.Unlock()
@@ -94,15 +109,49 @@ func (nw *network) close() {
 	nodes := nw.nodes
 	nw.nodes = nil
 	nw.mu.Unlock()
+	// A node may stand under two keys.
+	seen := make(map[*node]bool)
 	for _, n := range nodes {
-		n.t.Close()
+		if !seen[n] {
+			seen[n] = true
+			close(n.closed)
+			n.t.Close()
+		}
+	}
+	nw.wg.Wait()
+}
+
+// read takes what arrives, as a socket's reader does.
+func (n *node) read() {
+	for {
+		select {
+		case <-n.mail:
+		case <-n.closed:
+			return
+		}
+		n.mu.Lock()
+		inbox := n.inbox
+		n.inbox = nil
+		n.mu.Unlock()
+		for _, p := range inbox {
+			n.t.Receive(p.src, p.datagrams)
+		}
 	}
 }
 
-func (n *node) device() *device.Device {
-	n.t.route.Lock()
-	defer n.t.route.Unlock()
-	return n.t.dev
+// arrive puts copies of datagrams into the inbox.
+func (n *node) arrive(src Source, datagrams [][]byte) {
+	p := parcel{src: src}
+	for _, d := range datagrams {
+		p.datagrams = append(p.datagrams, append([]byte(nil), d...))
+	}
+	n.mu.Lock()
+	n.inbox = append(n.inbox, p)
+	n.mu.Unlock()
+	select {
+	case n.mail <- struct{}{}:
+	default:
+	}
 }
 
 func (n *node) lookup(k identity.NodePublic) (Peer, bool) {
@@ -133,12 +182,16 @@ func (n *node) send(to identity.NodePublic, addr netip.AddrPort, datagrams [][]b
 	if wire != nil {
 		for _, d := range datagrams {
 			if out := wire(n, peer, append([]byte(nil), d...)); len(out) > 0 {
-				peer.t.Receive(src, out)
+				peer.arrive(src, out)
 			}
 		}
 		return nil
 	}
-	peer.t.Receive(src, datagrams)
+	if nw.inline {
+		peer.t.Receive(src, datagrams)
+	} else {
+		peer.arrive(src, datagrams)
+	}
 	return nil
 }
 

@@ -87,18 +87,6 @@ func TestResponseByTwoWays(t *testing.T) {
 		if s := a.t.Stats(); s.DropReplay != 1 {
 			t.Errorf("the second copy was passed on: %+v", s)
 		}
-		// Another one for the same session is: the first may have been forged.
-		s := &session{}
-		first, second := make([]byte, responseSize), make([]byte, responseSize)
-		second[20] = 1
-		for i, want := range []bool{false, true} {
-			if got := s.answered(first); got != want {
-				t.Errorf("copy %d of the first answer: %v", i, got)
-			}
-		}
-		if s.answered(second) {
-			t.Error("another answer was taken for a copy")
-		}
 	})
 }
 
@@ -231,8 +219,8 @@ func TestRekey(t *testing.T) {
 		}
 		for _, n := range []*node{a, b} {
 			n.t.mu.RLock()
-			if len(n.t.sessions) > 12 {
-				t.Errorf("%s keeps %d indexes", n.name, len(n.t.sessions))
+			if len(n.t.indexes) > 12 {
+				t.Errorf("%s keeps %d indexes", n.name, len(n.t.indexes))
 			}
 			n.t.mu.RUnlock()
 		}
@@ -451,7 +439,7 @@ func TestGreedyPeer(t *testing.T) {
 		b.knows(m)
 		m.knows(b)
 		m.t.Close()
-		for range sessionsPerPeer + 20 {
+		for range 150 {
 			b.t.Receive(Source{Peer: m.key}, [][]byte{forge(t, b.key, m.private, time.Now())})
 			time.Sleep(25 * time.Millisecond)
 		}
@@ -459,10 +447,10 @@ func TestGreedyPeer(t *testing.T) {
 		b.wantGot(t, a, "x")
 		b.t.mu.RLock()
 		defer b.t.mu.RUnlock()
-		if n := len(b.t.sessions); n > sessionsPerPeer+8 {
+		if n := len(b.t.indexes); n > 8 {
 			t.Errorf("%d indexes kept", n)
 		}
-		if n := len(b.t.peers[m.key].indexes); n > sessionsPerPeer {
+		if n := len(b.t.peers[m.key].indexes); n > 2 {
 			t.Errorf("%d indexes kept for one peer", n)
 		}
 	})
@@ -491,10 +479,10 @@ func TestOfflinePeer(t *testing.T) {
 			t.Errorf("Send waited %v for a peer without session", waited)
 		}
 		synctest.Wait()
-		if s := a.t.Stats(); s.DropStalled != 200-windowStalled {
+		if s := a.t.Stats(); s.DropStalled != 200-stagedPackets {
 			t.Errorf("dropped %d", s.DropStalled)
 		}
-		// The Device gives up after 90 seconds. Later traffic tries again.
+		// The handshake is given up after 90 seconds. Later traffic tries again.
 		time.Sleep(4 * time.Minute)
 		mu.Lock()
 		online = true
@@ -520,7 +508,7 @@ func TestOfflinePeer(t *testing.T) {
 		mu.Unlock()
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		if n := len(b.take()); n == 0 || n > windowOpen {
+		if n := len(b.take()); n == 0 || n > stagedPackets {
 			t.Errorf("%d packets after it came back", n)
 		}
 	})
@@ -558,7 +546,7 @@ func TestBackPressure(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if d := time.Since(begin); d < 5*time.Second {
+		if d := time.Since(begin); d < 2*time.Second {
 			t.Errorf("Send took %v and did not wait", d)
 		}
 		time.Sleep(10 * time.Second)
@@ -566,32 +554,5 @@ func TestBackPressure(t *testing.T) {
 		if n := len(b.take()); n != count {
 			t.Errorf("%d of %d arrived; %+v", n, count, a.t.Stats())
 		}
-	})
-}
-
-// A Deliver that does not return must not make the Device collect datagrams.
-func TestSlowDeliver(t *testing.T) {
-	bubble(t, func(t *testing.T, nw *network) {
-		a, b := pair(t, nw)
-		a.say(t, b, "x")
-		b.wantGot(t, a, "x")
-		release := make(chan struct{})
-		b.mu.Lock()
-		b.onDeliver = func(got) { <-release }
-		b.mu.Unlock()
-		const count = 20000
-		for range count {
-			a.say(t, b, "y")
-		}
-		synctest.Wait()
-		close(release)
-		synctest.Wait()
-		n := uint64(len(b.take()))
-		s := b.t.Stats()
-		if n < windowIn || n > windowIn+inQueue*batchSize+3*batchSize || n+s.DropBacklog != count {
-			t.Errorf("%d delivered, %d dropped of %d", n, s.DropBacklog, count)
-		}
-		a.say(t, b, "z")
-		b.wantGot(t, a, "z")
 	})
 }

@@ -55,13 +55,13 @@ func forge(tb testing.TB, to identity.NodePublic, from identity.NodePrivate, at 
 	copy(msg[40:], seal(k, sender[:], h))
 	h = sum(h[:], msg[40:88])
 	_, k = kdf2(c, dh(from.Bytes(), receiver))
-	ts := tai64n(at)
+	ts := labelOf(at)
 	copy(msg[88:], seal(k, ts[:], h))
 	sign(msg, to)
 	return msg
 }
 
-func tai64n(at time.Time) (ts timestamp) {
+func labelOf(at time.Time) (ts timestamp) {
 	binary.BigEndian.PutUint64(ts[:], 0x400000000000000a+uint64(at.Unix()))
 	binary.BigEndian.PutUint32(ts[8:], uint32(at.Nanosecond()))
 	return ts
@@ -79,8 +79,8 @@ func sign(msg []byte, to identity.NodePublic) {
 	copy(msg[116:132], mac.Sum(nil))
 }
 
-// What is made by hand passes our check and the Device's; with any byte of the
-// sealed part changed it passes neither.
+// What is made by hand passes our check; with any byte of the sealed part changed
+// it does not.
 func TestInitiationCheck(t *testing.T) {
 	bubble(t, func(t *testing.T, nw *network) {
 		a, b := pair(t, nw)
@@ -94,26 +94,26 @@ func TestInitiationCheck(t *testing.T) {
 		if !ok || o.static != a.key {
 			t.Fatalf("opened %v %v", o.static, ok)
 		}
-		if ts, ok := key.timestamp(o); !ok || ts != tai64n(time.Now()) {
+		if ts, ok := key.prove(&o); !ok || ts != labelOf(time.Now()) {
 			t.Fatalf("timestamp %x %v", ts, ok)
 		}
 		for i := range initiationSize {
 			bad := slices.Clone(msg)
 			bad[i] ^= 0x40
-			if key.macValid(bad) == (i < 132) {
+			if key.door.knows(bad) == (i < 132) {
 				t.Errorf("mac1 with byte %d changed: %v", i, i < 132)
 			}
 			sign(bad, b.key)
 			o, ok := key.open(bad)
 			if ok {
-				_, ok = key.timestamp(o)
+				_, ok = key.prove(&o)
 			}
 			if ok == (i >= 8 && i < 116) {
 				t.Errorf("byte %d changed: opens %v", i, ok)
 			}
 		}
 		for n := range initiationSize {
-			if _, ok := key.open(msg[:n]); ok || key.macValid(msg[:n]) {
+			if _, ok := key.open(msg[:n]); ok || key.door.knows(msg[:n]) {
 				t.Errorf("%d bytes accepted", n)
 			}
 		}
@@ -156,7 +156,7 @@ func TestImpostor(t *testing.T) {
 }
 
 func TestHistory(t *testing.T) {
-	at := func(s int) timestamp { return tai64n(time.Unix(int64(s), 0)) }
+	at := func(s int) timestamp { return labelOf(time.Unix(int64(s), 0)) }
 	keys := make([]identity.NodePublic, 20)
 	for i := range keys {
 		keys[i] = identity.NewNode().Public()
@@ -203,14 +203,14 @@ func FuzzInitiation(f *testing.F) {
 		if len(msg) >= initiationSize {
 			msg = msg[:initiationSize]
 			sign(msg, private.Public())
-			if !key.macValid(msg) {
+			if !key.door.knows(msg) {
 				t.Fatal("a proper mac1 is refused")
 			}
-		} else if key.macValid(msg) {
+		} else if key.door.knows(msg) {
 			t.Fatal("too short")
 		}
 		if o, ok := key.open(msg); ok {
-			key.timestamp(o)
+			key.prove(&o)
 		}
 	})
 }
