@@ -219,7 +219,8 @@ func TestOwnKeyRenewedByAuthKey(t *testing.T) {
 	if err := readUntilError(out); !errors.Is(err, mesh.ErrRevoked) {
 		t.Errorf("the other end: %v", err)
 	}
-	meshtest.Up(t, b) // waits for the new key
+	meshtest.Until(t, "the new key", func() bool { st := b.Status(); return st.Running && st.Self.Key != before.Key })
+	meshtest.Up(t, b)
 	after := b.Status().Self
 	if after.ID != before.ID || after.Name != before.Name || after.Addresses[0] != before.Addresses[0] || after.Key == before.Key {
 		t.Errorf("was %+v, is %+v", before, after)

@@ -170,7 +170,7 @@ func (w world) packet() mk {
 // The filter decides about packets as the oracle does. The long form judges
 // ten million packets by a thousand policies.
 func TestFilterEqualsOracle(t *testing.T) {
-	policies, packets := 300, 500
+	policies, packets := 200, 250
 	if os.Getenv("MESH_FULL") != "" {
 		policies, packets = 1000, 10000
 	}
