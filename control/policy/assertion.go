@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/tailscale/hujson"
@@ -128,10 +129,10 @@ func (f TestFailure) Error() string {
 	return fmt.Sprintf("%s%s can not reach %s: %s", head, f.Src, f.Dst, f.Reason)
 }
 
-// Limits of testing: failures that are reported, and pairs that are looked at.
+// Limits of testing.
 const (
-	maxFailures  = 100
-	maxTestPairs = 2_000_000
+	maxFailures = 100       // that are reported
+	maxTestWork = 3_000_000 // rules that are looked at
 )
 
 // Test runs the policy's own tests against the nodes that there are, and returns
@@ -145,7 +146,7 @@ func (c *Compiled) Test(users []User) []TestFailure {
 	if c.policy == nil {
 		return nil
 	}
-	t := tester{c: c, users: users}
+	t := tester{c: c, users: users, known: make(map[selector][]*party)}
 	for i := range c.policy.tests {
 		t.run(&c.policy.tests[i])
 	}
@@ -165,7 +166,8 @@ type tester struct {
 	c        *Compiled
 	users    []User
 	failures []TestFailure
-	pairs    int
+	work     int
+	known    map[selector][]*party // that were looked up
 }
 
 func (t *tester) fail(f TestFailure) {
@@ -208,10 +210,10 @@ func (t *tester) run(a *assertion) {
 func (t *tester) compare(srcs, dsts []*party, protos []int, port uint16, accept bool) string {
 	for _, s := range srcs {
 		for _, d := range dsts {
-			if t.pairs++; t.pairs > maxTestPairs {
+			if t.work++; t.work > maxTestWork {
 				return "the tests of this policy compare too many nodes"
 			}
-			rule, ok := t.c.anyProto(s, d, protos, port)
+			rule, ok := t.anyProto(s, d, protos, port)
 			switch {
 			case ok && !accept:
 				return ruleText(rule)
@@ -224,8 +226,11 @@ func (t *tester) compare(srcs, dsts []*party, protos []int, port uint16, accept 
 }
 
 // anyProto reports whether a rule allows one of the protocols.
-func (c *Compiled) anyProto(a, b *party, protos []int, port uint16) (wire.RuleOrigin, bool) {
+func (t *tester) anyProto(a, b *party, protos []int, port uint16) (wire.RuleOrigin, bool) {
+	c := t.c
+	m := matcher{c: c, a: a, b: b}
 	for _, ref := range c.targets(b) {
+		t.work++
 		r := &c.rules[ref.rule]
 		for _, p := range protos {
 			// What a rule says about ports of ICMP is nothing: only one that names
@@ -237,7 +242,7 @@ func (c *Compiled) anyProto(a, b *party, protos []int, port uint16) (wire.RuleOr
 			} else if !r.covers(ref.dst, p, port) {
 				continue
 			}
-			if _, _, ok := c.admits(ref, a, b); ok {
+			if _, _, ok := m.admits(ref); ok {
 				return r.origin, true
 			}
 		}
@@ -248,22 +253,16 @@ func (c *Compiled) anyProto(a, b *party, protos []int, port uint16) (wire.RuleOr
 // parties returns the nodes that selectors mean, one for all between which no
 // rule can tell, or a node that might be if there is none.
 func (t *tester) parties(sels []*selector) (out []*party, why string) {
-	seen := make(map[string]bool)
 	for _, s := range sels {
-		list, why := t.party(s)
-		if why != "" {
-			return nil, why
-		}
-		for _, p := range list {
-			if p.n != nil && p.n.slot >= 0 && !p.one {
-				k := p.n.class()
-				if seen[k] {
-					continue
-				}
-				seen[k] = true
+		list, ok := t.known[*s]
+		if !ok {
+			if list, why = t.party(s); why != "" {
+				return nil, why
 			}
-			out = append(out, p)
+			list = distinctParties(list)
+			t.known[*s] = list
 		}
+		out = append(out, list...)
 	}
 	if len(out) == 0 {
 		return nil, "means nobody"
@@ -271,19 +270,45 @@ func (t *tester) parties(sels []*selector) (out []*party, why string) {
 	return out, ""
 }
 
-// class is equal for nodes between which no rule can tell.
-func (n *node) class() string {
-	var b strings.Builder
-	b.WriteString(string(n.user))
+// distinctParties leaves out nodes like others. Of those that differ in nothing
+// but their owner two stay, since autogroup:self tells one's own from others.
+func distinctParties(list []*party) (out []*party) {
+	type class struct {
+		n    int
+		user userRef
+	}
+	seen := make(map[string]class)
+	for _, p := range list {
+		if p.n != nil && p.n.slot >= 0 && !p.one {
+			k := p.n.class(false)
+			c := seen[k]
+			if c.n == 2 || c.n == 1 && c.user == p.n.user {
+				continue
+			}
+			seen[k] = class{c.n + 1, p.n.user}
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// class is equal for nodes between which no rule can tell; rules with
+// autogroup:self tell owners apart.
+func (n *node) class(owner bool) string {
+	b := make([]byte, 0, 64)
+	if owner {
+		b = append(b, n.user...)
+	}
 	for _, s := range n.sels {
-		fmt.Fprintf(&b, " %d", s.id)
+		b = append(b, ' ')
+		b = strconv.AppendInt(b, int64(s.id), 36)
 		if s.kind == kindPrefix {
 			for _, a := range n.Addrs {
-				fmt.Fprint(&b, s.prefix.Contains(a))
+				b = strconv.AppendBool(b, s.prefix.Contains(a))
 			}
 		}
 	}
-	return b.String()
+	return string(b)
 }
 
 // party returns what one selector means.
@@ -309,7 +334,7 @@ func (t *tester) party(s *selector) (out []*party, why string) {
 		}
 		return out, ""
 	}
-	t.c.eachOf(s, func(n *node) { out = append(out, &party{n: n, addrs: n.Addrs}) })
+	t.c.eachOf(s, func(n *node) { out = append(out, t.c.newParty(n, n.Addrs, false)) })
 	if len(out) > 0 {
 		return out, ""
 	}
@@ -329,7 +354,7 @@ func (t *tester) party(s *selector) (out []*party, why string) {
 	case kindRole:
 		return []*party{t.c.imagined(Node{User: "@", Role: s.name})}, ""
 	case kindAnywhere:
-		return []*party{{addrs: []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}}}, ""
+		return []*party{t.c.newParty(nil, []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, true)}, ""
 	}
 	return []*party{t.c.imagined(Node{User: "@"})}, ""
 }

@@ -43,16 +43,17 @@ func (n *Node) equal(o *Node) bool {
 // Node sets are lists of slots, one slot for each node. Each selector knows the
 // nodes that it matches, whether by name, by address or by a route.
 type Compiled struct {
-	policy *Policy // nil: nothing is allowed
-	bySel  map[selector]*selSet
-	users  map[userRef][]*selSet // those that match the user: its own, and groups
-	nets   []*selSet             // of networks
-	vias   []*selSet             // of networks behind routers with a tag
-	noVia  bool                  // no grant says which way to go
-	rules  []rule
-	lists  map[string]*srcList
-	fresh  []*selSet // made by the last build
-	nextID int       // of selSets and srcLists: none is given twice
+	policy  *Policy // nil: nothing is allowed
+	bySel   map[selector]*selSet
+	users   map[userRef][]*selSet // those that match the user: its own, and groups
+	nets    []*selSet             // of networks
+	netBits map[int]int           // how many there are of each length
+	vias    []*selSet             // of networks behind routers with a tag
+	noVia   bool                  // no grant says which way to go
+	rules   []rule
+	lists   map[string]*srcList
+	fresh   []*selSet // made by the last build
+	nextID  int       // of selSets and srcLists: none is given twice
 
 	nodes   map[wire.NodeID]*node
 	slots   []*node // nil where free
@@ -117,7 +118,7 @@ type node struct {
 // Compile applies a policy to nodes. A nil policy allows nothing.
 func Compile(p *Policy, nodes []Node) *Compiled {
 	c := &Compiled{
-		noVia: true,
+		noVia: true, netBits: make(map[int]int),
 		bySel: make(map[selector]*selSet), users: make(map[userRef][]*selSet),
 		nodes: make(map[wire.NodeID]*node), byUser: make(map[userRef]*nodeSet),
 		routers: make(map[netip.Prefix]*nodeSet), byAddr: make(map[netip.Addr]*node),
@@ -191,6 +192,7 @@ func (c *Compiled) selSet(p *Policy, sel selector) *selSet {
 		}
 	case kindPrefix:
 		c.nets = append(c.nets, s)
+		c.netBits[sel.prefix.Bits()]++
 	case kindVia:
 		c.vias = append(c.vias, s)
 	}
@@ -276,9 +278,18 @@ func (c *Compiled) match(n *node) {
 			add(selector{kind: kindViaNet, name: t})
 		}
 	}
-	for _, s := range c.nets {
-		if n.touches(s.prefix) {
-			n.sels = append(n.sels, s)
+	for _, a := range n.Addrs {
+		for bits := range c.netBits {
+			if p, err := a.Prefix(bits); err == nil {
+				add(selector{kind: kindPrefix, prefix: p})
+			}
+		}
+	}
+	if slices.ContainsFunc(n.Routes, func(r netip.Prefix) bool { return !isDefault(r) }) {
+		for _, s := range c.nets {
+			if n.routes(s.prefix) {
+				n.sels = append(n.sels, s)
+			}
 		}
 	}
 	for _, s := range c.vias {

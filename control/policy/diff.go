@@ -39,8 +39,9 @@ func (c Change) String() string {
 const (
 	maxChanges    = 1000
 	maxIdentities = 3000
-	maxNamed      = 8 // identities that a change names one by one
-	maxDiffWork   = 20_000_000
+	maxNamed      = 8         // identities that a change names one by one
+	maxDiffWork   = 3_000_000 // rules that are looked at
+	maxCapText    = 200       // bytes of a capability with its values
 )
 
 // Diff returns what the nodes gain and lose between two policies, nil meaning one
@@ -80,9 +81,10 @@ type identity struct {
 // identities groups nodes that neither policy can tell apart.
 func (d *differ) identities(nodes []Node, policies ...*Policy) {
 	byClass := make(map[string]int)
+	self := d.old.hasSelf() || d.new.hasSelf()
 	nodes = slices.Clone(nodes)
 	slices.SortFunc(nodes, func(a, b Node) int { return int(a.ID - b.ID) })
-	add := func(class, name string, id identity) {
+	add := func(class, name string, make func() identity) {
 		i, ok := byClass[class]
 		if !ok {
 			if len(d.ids) == maxIdentities {
@@ -91,7 +93,7 @@ func (d *differ) identities(nodes []Node, policies ...*Policy) {
 			}
 			i = len(d.ids)
 			byClass[class] = i
-			d.ids = append(d.ids, id)
+			d.ids = append(d.ids, make())
 		}
 		if !slices.Contains(d.ids[i].names, name) && len(d.ids[i].names) <= maxNamed {
 			if len(d.ids[i].names) == maxNamed {
@@ -105,8 +107,8 @@ func (d *differ) identities(nodes []Node, policies ...*Policy) {
 		if a == nil || b == nil {
 			continue
 		}
-		add(a.class()+"|"+b.class(), a.owner(), identity{
-			old: &party{n: a, addrs: a.Addrs}, new: &party{n: b, addrs: b.Addrs},
+		add(a.class(self)+"|"+b.class(self), a.owner(), func() identity {
+			return identity{old: d.old.newParty(a, a.Addrs, false), new: d.new.newParty(b, b.Addrs, false)}
 		})
 	}
 	for _, p := range policies {
@@ -124,8 +126,11 @@ func (d *differ) identities(nodes []Node, policies ...*Policy) {
 	}
 }
 
+// hasSelf reports whether the policy has rules with autogroup:self.
+func (c *Compiled) hasSelf() bool { return c.bySel[selector{kind: kindSelf}] != nil }
+
 // network adds what a selector names by address, if no node is there.
-func (d *differ) network(s *selector, add func(class, name string, id identity)) {
+func (d *differ) network(s *selector, add func(class, name string, make func() identity)) {
 	if s.kind != kindPrefix && s.kind != kindVia {
 		return
 	}
@@ -135,7 +140,9 @@ func (d *differ) network(s *selector, add func(class, name string, id identity))
 	}
 	addrs := []netip.Addr{r.first}
 	name := prefixText(s.prefix)
-	add(name, name, identity{old: &party{addrs: addrs}, new: &party{addrs: addrs}})
+	add(name, name, func() identity {
+		return identity{old: d.old.newParty(nil, addrs, true), new: d.new.newParty(nil, addrs, true)}
+	})
 }
 
 // keep finds the rules that both policies have, with groups that have the same
@@ -168,28 +175,35 @@ func (c *Compiled) without(refs []dstRef, kept map[string]bool) (out []dstRef) {
 }
 
 func (c *Compiled) anyAdmits(refs []dstRef, a, b *party) bool {
+	m := matcher{c: c, a: a, b: b}
 	return slices.ContainsFunc(refs, func(ref dstRef) bool {
-		_, _, ok := c.admits(ref, a, b)
+		_, _, ok := m.admits(ref)
 		return ok
 	})
 }
 
 // to returns the changes of what may be reached at one identity.
 func (d *differ) to(dst identity) (out []Change) {
+	if d.work > maxDiffWork {
+		d.complete = false
+		return nil
+	}
 	was, is := d.old.targets(dst.old), d.new.targets(dst.new)
+	d.work += len(was) + len(is)
 	wasOnly, isOnly := d.old.without(was, d.kept), d.new.without(is, d.kept)
 	if len(wasOnly) == 0 && len(isOnly) == 0 {
 		return nil
 	}
 	index := make(map[string]int)
 	for _, src := range d.ids {
-		if d.work += len(was) + len(is); d.work > maxDiffWork {
+		if d.work += 2 + len(wasOnly) + len(isOnly); d.work > maxDiffWork {
 			d.complete = false
 			return out
 		}
 		if !d.old.anyAdmits(wasOnly, src.old, dst.old) && !d.new.anyAdmits(isOnly, src.new, dst.new) {
 			continue
 		}
+		d.work += len(was) + len(is)
 		before, after := d.old.accessOf(was, src.old, dst.old), d.new.accessOf(is, src.new, dst.new)
 		if before.equal(after) {
 			continue
@@ -229,16 +243,20 @@ type opened struct {
 
 func (c *Compiled) accessOf(refs []dstRef, a, b *party) opened {
 	o := opened{ports: make(map[int][]portRange)}
+	m := matcher{c: c, a: a, b: b}
 	for _, ref := range refs {
 		r := &c.rules[ref.rule]
 		if r.companion {
 			continue
 		}
-		if _, _, ok := c.admits(ref, a, b); !ok {
+		if _, _, ok := m.admits(ref); !ok {
 			continue
 		}
-		for name := range r.app {
-			if !slices.Contains(o.caps, name) {
+		for name, values := range r.app {
+			for _, v := range values {
+				name += " " + string(v)
+			}
+			if name = name[:min(len(name), maxCapText)]; !slices.Contains(o.caps, name) {
 				o.caps = append(o.caps, name)
 			}
 		}

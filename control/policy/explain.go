@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -102,19 +101,20 @@ func (c *Compiled) Explain(src, dst Endpoint, proto int, port uint16) Explanatio
 func (c *Compiled) explain(a, b *party, proto int, port uint16) Explanation {
 	var e Explanation
 	seen := make(map[wire.RuleOrigin]bool)
+	m := &matcher{c: c, a: a, b: b}
 	for _, ref := range c.targets(b) {
 		r := &c.rules[ref.rule]
 		if len(e.Rules) == maxOrigins || seen[r.origin] || !r.covers(ref.dst, proto, port) {
 			continue
 		}
-		if s, d, ok := c.admits(ref, a, b); ok {
+		if s, d, ok := m.admits(ref); ok {
 			seen[r.origin] = true
 			e.Rules = append(e.Rules, c.matched(r, ref, s, d, a, b))
 		}
 	}
 	e.Allowed = len(e.Rules) > 0
 	if !e.Allowed {
-		c.nearest(&e, a, b, proto, port)
+		m.nearest(&e, proto, port)
 	}
 	e.Notes = append(e.Notes, c.notes(a, b)...)
 	return e
@@ -168,46 +168,56 @@ func (n *node) owner() string {
 
 // nearest finds the rule that lacks the least: first the port or protocol, then
 // the source, then the destination.
-func (c *Compiled) nearest(e *Explanation, a, b *party, proto int, port uint16) {
+func (m *matcher) nearest(e *Explanation, proto int, port uint16) {
+	c, a, b := m.c, m.a, m.b
 	best := 0
 	for i := range c.rules {
 		r := &c.rules[i]
 		if r.app != nil {
 			continue
 		}
-		var src *selSet
-		pairs(a, b, func(x, _ netip.Addr) bool { src = c.source(r.src, a, x); return src != nil })
+		src := m.anySource(r)
 		for j, d := range r.dsts {
 			ref := dstRef{i, j}
-			s, dst, admitted := c.admits(ref, a, b)
+			s, _, admitted := m.admits(ref)
 			covered := r.covers(j, proto, port)
-			meant := admitted || d.kind != kindSelf && pairs(a, b, func(_, y netip.Addr) bool { return c.target(d, b, y) })
-			score, missing := 0, ""
+			meant := admitted || d.kind != kindSelf && m.target(d)
+			score := 0
 			switch {
 			case admitted && !covered && r.coversProto(proto):
-				score, missing = 5, fmt.Sprintf("it opens port %s, not %d", portsText(r.access.dsts[j].ports), port)
+				score = 5
 			case admitted && !covered:
-				score, missing = 4, fmt.Sprintf("it opens %s, not %s", protosTitle(r.protos), protosText([]int{proto}))
+				score = 4
 			case meant && covered && src == nil:
-				score, missing = 3, fmt.Sprintf("%s is not among its sources: %s", a.title(), selsText(r.src.sels))
+				score = 3
 			case src != nil && covered && !admitted:
-				score, missing = 2, fmt.Sprintf("%s is not among its destinations: %s", b.title(), selsText(r.dsts))
-				s = src
+				score = 2
 			case meant && src == nil:
-				score, missing = 1, fmt.Sprintf("neither the source nor the port %d is in it", port)
+				score = 1
 			}
 			if score <= best {
 				continue
 			}
-			best = score
-			e.Missing = missing
-			m := Match{RuleOrigin: r.origin}
-			if meant {
-				m = c.matched(r, ref, s, dst, a, b)
-			} else if s != nil {
-				m.Src, m.SrcBy = s.String(), c.why(s.selector, a)
+			switch best = score; score {
+			case 5:
+				e.Missing = fmt.Sprintf("it opens port %s, not %d", portsText(r.access.dsts[j].ports), port)
+			case 4:
+				e.Missing = fmt.Sprintf("it opens %s, not %s", protosTitle(r.protos), protosText([]int{proto}))
+			case 3:
+				e.Missing = fmt.Sprintf("%s is not among its sources: %s", a.title(), selsText(r.src.sels))
+			case 2:
+				e.Missing = fmt.Sprintf("%s is not among its destinations: %s", b.title(), selsText(r.dsts))
+				s = src
+			default:
+				e.Missing = fmt.Sprintf("neither the source nor the port %d is in it", port)
 			}
-			e.Near = &m
+			near := Match{RuleOrigin: r.origin}
+			if meant {
+				near = c.matched(r, ref, s, d, a, b)
+			} else if s != nil {
+				near.Src, near.SrcBy = s.String(), c.why(s.selector, a)
+			}
+			e.Near = &near
 		}
 	}
 }

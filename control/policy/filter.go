@@ -37,6 +37,9 @@ func (c *Compiled) Filter(id wire.NodeID) []wire.FilterRule {
 	return b.out
 }
 
+// maxMerged bounds how many rules of the policy one destination on the wire names.
+const maxMerged = 128
+
 // filterBuilder collects the rules of a node.
 type filterBuilder struct {
 	c    *Compiled
@@ -80,7 +83,7 @@ func (b *filterBuilder) ports(r *rule, ref dstRef) {
 				b.dsts[filterDst{i, dest}] = len(f.DstPorts)
 				f.DstPorts = append(f.DstPorts, dest)
 				f.MeshOrigins = append(f.MeshOrigins, []wire.RuleOrigin{r.origin})
-			} else if !slices.Contains(f.MeshOrigins[j], r.origin) {
+			} else if len(f.MeshOrigins[j]) < maxMerged && !slices.Contains(f.MeshOrigins[j], r.origin) {
 				f.MeshOrigins[j] = append(f.MeshOrigins[j], r.origin)
 			}
 		}

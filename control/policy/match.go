@@ -21,7 +21,39 @@ type Endpoint struct {
 type party struct {
 	n     *node        // nil: an address that no node has
 	addrs []netip.Addr // not valid: any address that a node may have
+	sels  [][]*selSet  // what may mean each of addrs, sorted by ID
 	one   bool         // it is about that address
+}
+
+// newParty looks up what means the addresses, so that asking about many rules is
+// cheap.
+func (c *Compiled) newParty(n *node, addrs []netip.Addr, one bool) *party {
+	p := &party{n: n, addrs: addrs, one: one, sels: make([][]*selSet, len(addrs))}
+	for i, a := range addrs {
+		if n != nil && (!a.IsValid() || slices.Contains(n.Addrs, a)) {
+			p.sels[i] = n.sels
+			continue
+		}
+		add := func(s selector) {
+			if set := c.bySel[s]; set != nil {
+				p.sels[i] = append(p.sels[i], set)
+			}
+		}
+		add(selector{kind: kindAll})
+		add(selector{kind: kindAnywhere})
+		for bits := range c.netBits {
+			if net, err := a.Prefix(bits); err == nil {
+				add(selector{kind: kindPrefix, prefix: net})
+			}
+		}
+		for _, s := range c.vias {
+			if s.prefix.Contains(a) {
+				p.sels[i] = append(p.sels[i], s)
+			}
+		}
+		p.sels[i] = distinct(p.sels[i])
+	}
+	return p
 }
 
 // party finds an endpoint; nil if there is no such node.
@@ -33,12 +65,12 @@ func (c *Compiled) party(e Endpoint) *party {
 		case n == nil:
 			return nil
 		case e.Addr.IsValid():
-			return &party{n: n, addrs: []netip.Addr{e.Addr.Unmap()}, one: true}
+			return c.newParty(n, []netip.Addr{e.Addr.Unmap()}, true)
 		}
-		return &party{n: n, addrs: n.Addrs}
+		return c.newParty(n, n.Addrs, false)
 	case e.Addr.IsValid():
 		a := e.Addr.Unmap()
-		return &party{n: c.byAddr[a], addrs: []netip.Addr{a}, one: true}
+		return c.newParty(c.byAddr[a], []netip.Addr{a}, true)
 	}
 	return c.imagined(Node{User: e.User.Name, Email: e.User.Email, Role: e.User.Role, Tags: e.Tags})
 }
@@ -48,47 +80,43 @@ func (c *Compiled) party(e Endpoint) *party {
 func (c *Compiled) imagined(n Node) *party {
 	r := &node{Node: n, slot: -1}
 	c.match(r)
-	return &party{n: r, addrs: []netip.Addr{{}}}
+	return c.newParty(r, []netip.Addr{{}}, false)
 }
 
-// pairs calls f for each pair of addresses of one family, until f is satisfied.
-func pairs(a, b *party, f func(x, y netip.Addr) bool) bool {
-	for _, x := range a.addrs {
-		for _, y := range b.addrs {
-			if (!x.IsValid() || !y.IsValid() || x.Is4() == y.Is4()) && f(x, y) {
-				return true
-			}
-		}
-	}
-	return false
+// within reports whether a selector is one of a sorted list.
+func within(list []*selSet, s *selSet) bool {
+	_, ok := slices.BinarySearchFunc(list, s, func(x, y *selSet) int { return x.id - y.id })
+	return ok
 }
 
-// named reports whether a selector means the party's node by name.
-func (p *party) named(s *selSet, a netip.Addr) bool {
-	if p.n == nil || a.IsValid() && !slices.Contains(p.n.Addrs, a) {
-		return false
-	}
-	return p.n.in(s)
-}
-
-// source returns the selector of the list that means the party's address.
-func (c *Compiled) source(l *srcList, p *party, a netip.Addr) *selSet {
+// source returns the selector of a list that means address i of the party.
+func (c *Compiled) source(l *srcList, p *party, i int) *selSet {
+	a := p.addrs[i]
 	var best *selSet
-	for _, s := range l.sels {
-		ok := false
+	for _, s := range p.sels[i] {
+		if !within(l.sels, s) {
+			continue
+		}
 		switch s.kind {
 		case kindAll:
-			ok = !a.IsValid() || c.inMesh(a)
+			// Who is named in so many words is not told about "*".
+			if best == nil && (!a.IsValid() || c.inMesh(a)) {
+				best = s
+			}
 		case kindAnywhere:
-			ok = true
+			if best == nil {
+				best = s
+			}
 		case kindPrefix:
-			ok = a.IsValid() && s.prefix.Contains(a)
+			if a.IsValid() && s.prefix.Contains(a) {
+				return s
+			}
+		case kindVia:
+			if p.n != nil && within(p.n.sels, s) {
+				return s
+			}
 		default:
-			ok = p.named(s, a)
-		}
-		// Who is named in so many words is not told about "*".
-		if ok && (best == nil || best.kind == kindAll || best.kind == kindAnywhere) {
-			best = s
+			return s
 		}
 	}
 	return best
@@ -120,8 +148,9 @@ func (r addrRange) contains(a netip.Addr) bool {
 	return r.first.BitLen() == a.BitLen() && !a.Less(r.first) && !r.last.Less(a)
 }
 
-// target reports whether a destination means the party's address.
-func (c *Compiled) target(s *selSet, p *party, a netip.Addr) bool {
+// target reports whether a destination means address i of the party.
+func (c *Compiled) target(s *selSet, p *party, i int) bool {
+	a := p.addrs[i]
 	switch s.kind {
 	case kindAll:
 		return true
@@ -130,7 +159,7 @@ func (c *Compiled) target(s *selSet, p *party, a netip.Addr) bool {
 	case kindPrefix, kindVia:
 		return a.IsValid() && s.prefix.Contains(a)
 	}
-	return p.named(s, a)
+	return within(p.sels[i], s)
 }
 
 // targets returns the destinations that may mean the party, in the order of the
@@ -140,36 +169,76 @@ func (c *Compiled) targets(p *party) []dstRef {
 		return c.refs(p.n)
 	}
 	var sels []*selSet
-	if s := c.bySel[selector{kind: kindAll}]; s != nil {
-		sels = append(sels, s)
+	for _, list := range p.sels {
+		sels = append(sels, list...)
 	}
-	for _, list := range [][]*selSet{c.nets, c.vias} {
-		for _, s := range list {
-			if slices.ContainsFunc(p.addrs, s.prefix.Contains) {
-				sels = append(sels, s)
-			}
+	return sortedRefs(distinct(sels))
+}
+
+// matcher asks about two parties. It remembers what means the source in the last
+// rule, since a rule may have many destinations.
+type matcher struct {
+	c    *Compiled
+	a, b *party
+	list *srcList
+	srcs []*selSet // for each address of a
+}
+
+// source returns what means each address of a among the sources of a rule.
+func (m *matcher) source(r *rule) []*selSet {
+	if m.list != r.src {
+		m.list, m.srcs = r.src, m.srcs[:0]
+		for i := range m.a.addrs {
+			m.srcs = append(m.srcs, m.c.source(r.src, m.a, i))
 		}
 	}
-	return sortedRefs(sels)
+	return m.srcs
+}
+
+// anySource returns what means any address of a among the sources of a rule.
+func (m *matcher) anySource(r *rule) *selSet {
+	for _, s := range m.source(r) {
+		if s != nil {
+			return s
+		}
+	}
+	return nil
+}
+
+// target reports whether a destination means any address of b.
+func (m *matcher) target(s *selSet) bool {
+	for i := range m.b.addrs {
+		if m.c.target(s, m.b, i) {
+			return true
+		}
+	}
+	return false
 }
 
 // admits reports whether a destination of a rule, whatever its ports, lets a
-// talk to b, and by which selectors.
-func (c *Compiled) admits(ref dstRef, a, b *party) (src, dst *selSet, ok bool) {
-	r := &c.rules[ref.rule]
+// talk to b on a pair of addresses of one family, and by which selectors.
+func (m *matcher) admits(ref dstRef) (src, dst *selSet, ok bool) {
+	r := &m.c.rules[ref.rule]
 	dst = r.dsts[ref.dst]
-	if dst.kind == kindSelf && (a.n == nil || b.n == nil || a.n.user == "" || a.n.user != b.n.user) {
+	if dst.kind == kindSelf && (m.a.n == nil || m.b.n == nil || m.a.n.user == "" || m.a.n.user != m.b.n.user) {
 		return nil, nil, false
 	}
-	ok = pairs(a, b, func(x, y netip.Addr) bool {
-		if !c.target(dst, b, y) {
-			return false
+	for j, y := range m.b.addrs {
+		if !m.c.target(dst, m.b, j) {
+			continue
 		}
-		src = c.source(r.src, a, x)
-		// The nodes of the user are sources, not others that she can reach.
-		return src != nil && (dst.kind != kindSelf || a.named(c.bySel[selector{kind: kindSelf}], x))
-	})
-	return src, dst, ok
+		for i, s := range m.source(r) {
+			x := m.a.addrs[i]
+			if s == nil || x.IsValid() && y.IsValid() && x.Is4() != y.Is4() {
+				continue
+			}
+			// The nodes of the user are sources, not others that she can reach.
+			if dst.kind != kindSelf || within(m.a.sels[i], dst) {
+				return s, dst, true
+			}
+		}
+	}
+	return nil, nil, false
 }
 
 // maxOrigins bounds how many rules an answer names.
@@ -186,12 +255,13 @@ func (c *Compiled) Allows(src, dst netip.Addr, proto int, port uint16) (bool, []
 
 func (c *Compiled) allows(a, b *party, proto int, port uint16) (bool, []wire.RuleOrigin) {
 	var out []wire.RuleOrigin
+	m := matcher{c: c, a: a, b: b}
 	for _, ref := range c.targets(b) {
 		r := &c.rules[ref.rule]
 		if !r.covers(ref.dst, proto, port) || len(out) == maxOrigins || len(out) > 0 && out[len(out)-1] == r.origin {
 			continue
 		}
-		if _, _, ok := c.admits(ref, a, b); ok {
+		if _, _, ok := m.admits(ref); ok {
 			out = append(out, r.origin)
 		}
 	}

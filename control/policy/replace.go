@@ -52,6 +52,8 @@ func (c *Compiled) Replace(p *Policy) (affected []wire.NodeID) {
 			c.drop(s, old)
 		}
 	}
+	unused := func(s *selSet) bool { return !s.used }
+	c.nets, c.vias = slices.DeleteFunc(c.nets, unused), slices.DeleteFunc(c.vias, unused)
 	for _, s := range c.fresh {
 		c.members(s, func(n *node) {
 			// A new set has a higher ID than all before: the order stays.
@@ -128,7 +130,7 @@ func (c *Compiled) collectAttrs(mine, others []string, regrouped func(*selSet) b
 	}
 }
 
-// drop forgets a set.
+// drop forgets a set, but for the lists of networks.
 func (c *Compiled) drop(s *selSet, old *Policy) {
 	for _, slot := range s.nodes {
 		n := c.slots[slot]
@@ -150,9 +152,9 @@ func (c *Compiled) drop(s *selSet, old *Policy) {
 			forget(u)
 		}
 	case kindPrefix:
-		c.nets = slices.DeleteFunc(c.nets, is)
-	case kindVia:
-		c.vias = slices.DeleteFunc(c.vias, is)
+		if c.netBits[s.prefix.Bits()]--; c.netBits[s.prefix.Bits()] == 0 {
+			delete(c.netBits, s.prefix.Bits())
+		}
 	}
 }
 
