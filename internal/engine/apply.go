@@ -78,6 +78,7 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 		errs = append(errs, err)
 	}
 	told := e.reset(m, refused, cut)
+	e.resetForgotten(m)
 	if len(moving) > 0 {
 		e.resetMoved(old, m)
 	}
@@ -241,6 +242,22 @@ func (e *Engine) reset(next *netmap.Map, refused []filter.Flow, cut []cutOff) (t
 		}, err)
 	}
 	return told
+}
+
+// resetForgotten cuts connections that the filter does not allow and knows no
+// flow of: it had to make room for others since the last change of rules, so
+// they are not among those that it refused.
+func (e *Engine) resetForgotten(next *netmap.Map) {
+	evicted := e.filter.Stats().Evicted
+	if evicted == e.evicted {
+		return
+	}
+	e.evicted = evicted
+	old := e.Map()
+	e.link.Abort(func(proto uint8, local, remote netip.AddrPort) bool {
+		p, ok := old.PeerByAddr(remote.Addr())
+		return ok && !e.filter.Allows(filter.Flow{Proto: proto, Local: local, Remote: remote, Peer: p.Key})
+	}, &RevokedError{Policy: next.PolicyVersion(), Reason: reasonPolicy})
 }
 
 // resetMoved cuts the flows to addresses that somebody else has now: they would

@@ -83,8 +83,9 @@ type Engine struct {
 	// blocked holds addresses that are changing hands while Apply runs.
 	blocked atomic.Pointer[[]netip.Prefix]
 
-	applying sync.Mutex    // serialises Apply; guards rules
+	applying sync.Mutex    // serialises Apply; guards the next two
 	rules    *filter.Rules // as compiled last, nil if none are in force
+	evicted  uint64        // flows that the filter had to forget, at the last Apply
 
 	rejections [64]*rate.Limiter // bound the rejections sent to peers; see mayTell
 	seed       maphash.Seed      // which limit a peer has

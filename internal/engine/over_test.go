@@ -256,3 +256,34 @@ func TestExpiredPeer(t *testing.T) {
 		t.Error("its pings are answered")
 	}
 }
+
+// A connection whose flow the filter had to forget ends with its permission
+// like any other.
+func TestForgottenFlowIsCutToo(t *testing.T) {
+	b := newHost(t, newNet(), 2)
+	key := identity.NewNode().Public()
+	peer := wireNode(1, key)
+	b.start([]wire.FilterRule{allow("*", "*", 80), allow("*", "*", 81)}, peer)
+	from := peer.Addresses[0].Addr()
+	gone, kept := flow{tcp, port(b.four, 80), port(from, 1)}, flow{tcp, port(b.four, 81), port(from, 1)}
+	for _, f := range []flow{gone, kept} {
+		if !b.gets(key, packet(tcp, f.remote, f.local, filter.TCPSyn)) {
+			t.Fatal("not admitted")
+		}
+		b.link.flows[f] = nil
+	}
+	for p := range 5000 { // more than one peer may have
+		b.deliver(key, packet(tcp, port(from, uint16(p+2)), port(b.four, 80), filter.TCPSyn))
+	}
+	if _, _, _, ok := b.e.Admitted(gone.proto, gone.local, gone.remote); ok {
+		t.Fatal("the flow is still known")
+	}
+	b.update(&wire.MapResponse{PacketFilters: map[string][]wire.FilterRule{"base": {allow("*", "*", 81)}}, MeshPolicy: 4})
+	var revoked *RevokedError
+	if err := b.link.errorOf(gone); !errors.As(err, &revoked) || revoked.Policy != 4 {
+		t.Errorf("what is no longer allowed: %v", err)
+	}
+	if err := b.link.errorOf(kept); err != nil {
+		t.Errorf("what is still allowed: %v", err)
+	}
+}

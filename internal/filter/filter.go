@@ -383,6 +383,24 @@ func (f *Filter) Origin(q Flow) (peer identity.NodePublic, rule identity.Rule, o
 	return e.owner.peer, firstOf(e.rules), true
 }
 
+// Allows reports whether a flow may go on: it is known and was not cut, or a
+// rule would let the peer begin it. It is for connections of which the table
+// may have forgotten the flow, see Stats.Evicted. Only Proto, Local, Remote and
+// Peer of the question count.
+func (f *Filter) Allows(q Flow) bool {
+	key := keyOf(q.Proto, q.Local, q.Remote)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if e := f.flows.flows[key]; e != nil {
+		return e.state != stateRefused
+	}
+	if f.rules == nil || !f.rules.isLocal(q.Local.Addr()) {
+		return false
+	}
+	_, ok := f.rules.match(query{q.Proto, q.Remote.Addr(), q.Local.Addr(), q.Local.Port(), q.Peer})
+	return ok
+}
+
 // Forget removes all flows of a peer, which has gone or lost its address, and
 // returns them.
 func (f *Filter) Forget(peer identity.NodePublic) []Flow {
