@@ -64,13 +64,13 @@ func (c *chooser) watch(now instant) {
 func (c *chooser) check(now instant, out *todo) {
 	if l := &c.alive; l.asked == 0 && c.best.IsValid() {
 		l.asked, l.began = now, now
-		c.ask(now, out)
+		c.inquire(now, out)
 	}
 }
 
-// ask pings the best path: by one padded ping as long as all is well, else small
+// inquire pings the best path: by one padded ping as long as all is well, else small
 // and padded ones tell what still passes.
-func (c *chooser) ask(now instant, out *todo) {
+func (c *chooser) inquire(now instant, out *todo) {
 	k := c.candidates[c.best]
 	if k == nil {
 		return
@@ -163,7 +163,7 @@ func (c *chooser) stayAlive(now, lastSent, lastHeard instant, out *todo) {
 		c.replace(now)
 	}
 	c.alive.asked = now // of what replaced it, maybe
-	c.ask(now, out)
+	c.inquire(now, out)
 }
 
 // nextLook is when stayAlive has something to do; ok is false for never.

@@ -92,8 +92,9 @@ type ping struct {
 // todo collects what an event asks the path to do.
 type todo struct {
 	pings []ping
-	call  bool // send a CallMeMaybe by relay
-	stale bool // our own addresses may have changed
+	call  bool        // send a CallMeMaybe by relay
+	meet  *disco.Meet // send this by relay; the endpoints are filled in
+	stale bool        // our own addresses may have changed
 }
 
 // chooser decides over the direct path to one peer. It is a function of events
@@ -114,7 +115,8 @@ type chooser struct {
 	active bool    // heartbeats run
 	beat   instant // the next one
 	full   instant // last discovery
-	called instant // last CallMeMaybe of ours
+	callAt instant // last CallMeMaybe of ours
+	meet   meeting
 
 	retries int     // quick ones still to be made
 	retry   instant // the next one
@@ -163,26 +165,17 @@ func (c *chooser) works(now, lastHeard instant) bool {
 	return c.best.IsValid() && now <= c.trusted && (c.alive.missed < silent || now-lastHeard < unansweredFor)
 }
 
-// setEndpoints takes the list of endpoints that control gives. It reports
-// whether one of them is new.
-func (c *chooser) setEndpoints(list []netip.AddrPort, now instant) (added bool) {
-	for _, k := range c.candidates {
-		k.control = false
-	}
-	for _, a := range bounded(list) {
-		k, isNew := c.candidate(a, now)
-		if k != nil {
-			k.control = true
-			added = added || isNew
-		}
-	}
-	c.prune(now)
-	return added
-}
-
 // callMeMaybe takes the peer's own list, which replaces an earlier one, and
 // pings everything at once.
 func (c *chooser) callMeMaybe(list []netip.AddrPort, now instant, b *budget, out *todo) {
+	c.called(list, now, out)
+	if c.forced.take(now, forcedBurst, forcedEvery) {
+		c.ping(now, 0, b, out)
+	}
+}
+
+// called takes the list of endpoints that the peer itself sent.
+func (c *chooser) called(list []netip.AddrPort, now instant, out *todo) {
 	for _, k := range c.candidates {
 		k.called = false
 	}
@@ -200,66 +193,6 @@ func (c *chooser) callMeMaybe(list []netip.AddrPort, now instant, b *budget, out
 	}
 	if c.active {
 		c.check(now, out) // the peer searches: does it hear us?
-	}
-	if c.forced.take(now, forcedBurst, forcedEvery) {
-		c.ping(now, 0, b, out)
-	}
-}
-
-// bounded drops the addresses of a list that cannot be a peer's and the excess
-// of those that share one IP address.
-func bounded(list []netip.AddrPort) []netip.AddrPort {
-	out := make([]netip.AddrPort, 0, min(len(list), disco.MaxEndpoints))
-	perIP := make(map[netip.Addr]int)
-	for _, a := range list {
-		a = unmap(a)
-		if len(out) == disco.MaxEndpoints {
-			break
-		}
-		if usable(a) && perIP[a.Addr()] < maxSameIP {
-			perIP[a.Addr()]++
-			out = append(out, a)
-		}
-	}
-	return out
-}
-
-// candidate returns the entry of an address, making one if there is room; nil
-// if there is none.
-func (c *chooser) candidate(a netip.AddrPort, now instant) (k *candidate, added bool) {
-	if k := c.candidates[a]; k != nil {
-		return k, !k.listed(now) && a != c.best
-	}
-	if len(c.candidates) >= maxCandidates {
-		// Only what pings told may give way: lists are bounded themselves.
-		var oldest netip.AddrPort
-		for b, k := range c.candidates {
-			if k.control || k.called || b == c.best {
-				continue
-			}
-			if !oldest.IsValid() || k.learned < c.candidates[oldest].learned {
-				oldest = b
-			}
-		}
-		if !oldest.IsValid() {
-			return nil, false
-		}
-		delete(c.candidates, oldest)
-	}
-	k = &candidate{}
-	c.candidates[a] = k
-	return k, true
-}
-
-// prune forgets candidates that nothing speaks for any more.
-func (c *chooser) prune(now instant) {
-	for a, k := range c.candidates {
-		if k.learned <= now {
-			k.learned = 0
-		}
-		if a != c.best && !k.listed(now) {
-			delete(c.candidates, a)
-		}
 	}
 }
 
@@ -296,6 +229,10 @@ func (c *chooser) authenticated(from netip.AddrPort, now instant, b *budget, out
 // seen tries an address that the peer seems to use now.
 func (c *chooser) seen(from netip.AddrPort, k *candidate, added bool, now instant, b *budget, out *todo) {
 	k.seen = now
+	if c.holds(from, k) {
+		c.release(now, b, out) // the peer has begun
+		return
+	}
 	if !c.active || from == c.best || c.hasDirect(now) && !added || now-k.pinged < backEvery && k.ponged >= k.pinged {
 		return
 	}
@@ -372,6 +309,7 @@ func (c *chooser) sent(now instant, b *budget, out *todo) {
 		c.beat = now + heartbeat
 		c.check(now, out)
 		c.retries, c.retry = quickRetries, now+quickRetry
+		c.ask(now, out)
 	}
 	c.watch(now)
 	if !c.hasDirect(now) {
@@ -388,6 +326,9 @@ func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 		}
 	}
 	c.prune(now)
+	if c.meet.phase != 0 && now >= c.meet.until {
+		c.release(now, b, out)
+	}
 	if !c.active {
 		return
 	}
@@ -402,7 +343,7 @@ func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 		out.stale = true
 		c.discover(now, b, out)
 		out.call = true // also when all have been pinged lately
-		c.called = now
+		c.callAt = now
 	}
 	if c.retries > 0 && now >= c.retry {
 		c.retries--
@@ -444,6 +385,9 @@ func (c *chooser) deadline() (at instant, ok bool) {
 			soon(t)
 		}
 	}
+	if c.meet.phase != 0 {
+		soon(c.meet.until)
+	}
 	for _, pr := range c.pending {
 		soon(pr.at + pingTimeout)
 	}
@@ -460,17 +404,20 @@ func (c *chooser) deadline() (at instant, ok bool) {
 func (c *chooser) discover(now instant, b *budget, out *todo) {
 	c.full = now
 	n := c.ping(now, -1, b, out)
+	if out.meet != nil {
+		n++ // addresses held back count as well
+	}
 	// With no candidate at all the peer may still find us if it hears ours.
-	if n > 0 || len(c.candidates) == 0 && now-c.called >= pingSpacing {
+	if n > 0 || len(c.candidates) == 0 && now-c.callAt >= pingSpacing {
 		out.call = true
-		c.called = now
+		c.callAt = now
 	}
 }
 
 // nextDiscovery is when discover would do something again.
 func (c *chooser) nextDiscovery() instant {
 	if len(c.candidates) == 0 {
-		return c.called + pingSpacing
+		return c.callAt + pingSpacing
 	}
 	at := instant(math.MaxInt64)
 	for _, k := range c.candidates {
@@ -495,7 +442,7 @@ func (c *chooser) ping(now, spacing instant, b *budget, out *todo) (n int) {
 		if wait < 0 {
 			wait = k.spacing()
 		}
-		if wait > 0 && now-k.pinged < wait {
+		if wait > 0 && now-k.pinged < wait || c.holds(a, k) {
 			continue
 		}
 		if !b.allows(a, now) {
@@ -561,7 +508,8 @@ func (c *chooser) networkChanged(now instant, keep func(netip.AddrPort) bool, b 
 	for _, k := range c.candidates {
 		k.pinged, k.ponged = 0, min(k.ponged, 1)
 	}
-	c.called = 0
+	c.callAt = 0
+	c.meet.phase, c.meet.last = 0, now
 	c.prune(now)
 	if c.active {
 		if c.best.IsValid() {

@@ -37,6 +37,8 @@ type endpoints struct {
 	local []netip.Prefix
 	extra []Endpoint // told by SetEndpoints
 
+	natted bool // STUN sees an IPv4 address that is none of the host's
+
 	seen     map[netip.AddrPort]instant // told by STUN, and when
 	names    map[string]resolved
 	latency  map[int]*regionLatency
@@ -229,7 +231,9 @@ func (p *Path) listLocked(now instant) {
 		}
 		return a.Compare(b)
 	})
+	e.natted = false
 	for _, a := range seen {
+		e.natted = e.natted || a.Addr().Is4() && !hasAddr(e.local, a.Addr())
 		add(a, wire.EndpointSTUN)
 		if a.Addr().Is4() && e.varies != nil && *e.varies && p.cfg.Port != 0 {
 			// Somebody who configured the port may forward it.

@@ -160,6 +160,7 @@ type Path struct {
 	ends      endpoints
 	home      home
 	calls     map[*peer]struct{} // CallMeMaybes that wait for fresh endpoints
+	meets     map[*peer]lateMeet // and Meets
 	isReady   bool
 	idleCheck instant // next look for idle relays, 0 = none needed
 	watchAt   instant // next look for silent relays, 0 = none needed
@@ -199,6 +200,7 @@ func New(cfg Config) (*Path, error) {
 		stir:   make(chan struct{}, 1),
 		ready:  make(chan struct{}),
 		calls:  make(map[*peer]struct{}),
+		meets:  make(map[*peer]lateMeet),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.peers.init()

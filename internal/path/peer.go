@@ -96,6 +96,7 @@ func (p *Path) open(key identity.NodePublic) *peer {
 // has something new to try.
 func (p *Path) applyLocked(pe *peer, info Peer, now instant) (try bool) {
 	if pe.info.Disco != info.Disco && !pe.info.Disco.IsZero() {
+		pe.ch.meet = meeting{}
 		// A new process: the old addresses may be dead. Not to be trusted, but
 		// not forgotten either.
 		clear(pe.ch.pending)
@@ -166,6 +167,7 @@ func (p *Path) dropLocked(pe *peer) {
 		heap.Remove(&p.timers, pe.index)
 	}
 	delete(p.calls, pe)
+	delete(p.meets, pe)
 	p.peers.remove(pe)
 	pe.direct.Store(nil)
 	pe.trusted.Store(0)
@@ -211,6 +213,7 @@ func (p *Path) probe(pe *peer, now instant) {
 	}
 	if !pe.ch.active {
 		signal(p.stir)
+		pe.ch.meet.able = p.ends.natted && p.relayOf(pe) != 0
 	}
 	pe.ch.sent(now, &p.budget, &out)
 	p.settleLocked(pe, now)
@@ -230,7 +233,7 @@ func (p *Path) sendFailed(pe *peer, a netip.AddrPort, err error) {
 
 // perform sends what a chooser asked for. No lock is held.
 func (p *Path) perform(pe *peer, out *todo) {
-	if len(out.pings) == 0 && !out.call && !out.stale {
+	if len(out.pings) == 0 && !out.call && !out.stale && out.meet == nil {
 		return
 	}
 	p.mu.Lock()
@@ -241,6 +244,9 @@ func (p *Path) perform(pe *peer, out *todo) {
 	p.mu.Unlock()
 	if to.IsZero() {
 		return
+	}
+	if out.meet != nil {
+		p.sendMeet(pe, *out.meet, p.now())
 	}
 	buf := make([]byte, 0, fullDatagram)
 	for _, pg := range out.pings {

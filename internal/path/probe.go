@@ -1,6 +1,7 @@
 package path
 
 import (
+	"bytes"
 	"errors"
 	"net/netip"
 
@@ -152,6 +153,10 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 			}
 			p.mu.Unlock()
 		}
+	case disco.Meet:
+		if pe := p.open(from); pe != nil && !p.cfg.RelayOnly {
+			p.met(pe, m)
+		}
 	case disco.CallMeMaybe:
 		if p.cfg.RelayOnly {
 			return
@@ -198,12 +203,70 @@ func (p *Path) callMeMaybe(pe *peer) {
 // flushCalls sends the CallMeMaybes that waited for fresh endpoints.
 func (p *Path) flushCalls() {
 	p.mu.Lock()
-	waiting := p.calls
+	waiting, meets := p.calls, p.meets
 	if len(waiting) > 0 {
 		p.calls = make(map[*peer]struct{})
 	}
+	if len(meets) > 0 {
+		p.meets = make(map[*peer]lateMeet)
+	}
 	p.mu.Unlock()
+	for pe, l := range meets {
+		p.sendMeet(pe, l.msg, l.since)
+	}
 	for pe := range waiting {
 		p.callMeMaybe(pe)
+	}
+}
+
+// lateMeet is a Meet that waits for fresh endpoints.
+type lateMeet struct {
+	msg   disco.Meet
+	since instant
+}
+
+// met takes a step of a meeting.
+func (p *Path) met(pe *peer, m disco.Meet) {
+	own, theirs := p.pub.Bytes(), pe.key.Bytes()
+	var out todo
+	now := p.now()
+	p.mu.Lock()
+	if !pe.gone {
+		pe.ch.met(m, bytes.Compare(own[:], theirs[:]) < 0, now, &p.budget, &out)
+		p.settleLocked(pe, now)
+	}
+	p.mu.Unlock()
+	p.perform(pe, &out)
+}
+
+// sendMeet sends a step of a meeting, once our endpoints are fresh if they are
+// part of it. since is when it was to be sent.
+func (p *Path) sendMeet(pe *peer, m disco.Meet, since instant) {
+	now := p.now()
+	p.mu.Lock()
+	if pe.gone || pe.info.Disco.IsZero() {
+		p.mu.Unlock()
+		return
+	}
+	if m.Phase != disco.MeetStart {
+		if !p.ends.fresh(now) {
+			p.meets[pe] = lateMeet{m, since}
+			p.gatherLocked(now)
+			p.mu.Unlock()
+			p.poke()
+			return
+		}
+		m.Endpoints = p.ends.list
+		if m.Phase == disco.MeetAnswer {
+			m.Delay = now - since
+		} else {
+			pe.ch.askSent(m.ID, now)
+			p.settleLocked(pe, now)
+		}
+	}
+	to := pe.info.Disco
+	p.mu.Unlock()
+	if region := p.relayFor(pe); region != 0 {
+		p.sendRelay(region, pe.key, p.sealer.Seal(nil, to, m))
 	}
 }
