@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"maps"
 	"net/netip"
 	"slices"
@@ -27,6 +28,7 @@ import (
 type world struct {
 	t      testing.TB
 	n      *vnet.Net
+	wg     sync.WaitGroup // what ends with n
 	relays map[int]*relayHost
 	deaf   bool // agents are not told when their interfaces change; set before they start
 
@@ -84,6 +86,7 @@ func (w *world) close() {
 		r.wg.Wait()
 	}
 	w.n.Close()
+	w.wg.Wait()
 }
 
 // relayHost is a region: a host with DERP and STUN, and another one with STUN
@@ -197,6 +200,7 @@ type agent struct {
 	key  identity.NodePublic
 	disc identity.DiscoPrivate
 
+	also   []io.Closer // closed before the path
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
@@ -293,6 +297,9 @@ func (w *world) agentNoWait(name string, h *vnet.Host, change ...func(*path.Conf
 
 func (a *agent) close() {
 	a.cancel()
+	for _, c := range a.also {
+		c.Close()
+	}
 	a.Path.Close()
 	a.wg.Wait()
 }
