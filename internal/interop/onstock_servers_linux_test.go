@@ -245,3 +245,13 @@ func (l *line) works(when string) {
 		l.t.Fatalf("%s: read %q, %v", when, got, err)
 	}
 }
+
+// ends waits until the connection has failed.
+func (l *line) ends(why string) {
+	l.t.Helper()
+	if _, err := l.c.Read(make([]byte, 1)); err == nil {
+		l.t.Errorf("after %s there is more to read", why)
+	} else {
+		l.t.Logf("after %s: %v", why, err)
+	}
+}

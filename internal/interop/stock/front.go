@@ -240,4 +240,3 @@ func addJunk(text []byte) []byte {
 	}
 	return out
 }
-
