@@ -37,6 +37,9 @@ func clean(in *wire.Node, report func(string, ...any)) (*wire.Node, error) {
 		n.HomeDERP = 0
 	}
 	n.LegacyDERP = ""
+	if n.UnsignedPeerAPIOnly {
+		n.IsJailed = true // it may reach the peer API alone, and we have none
+	}
 	if n.Hostinfo == nil {
 		n.Hostinfo = &wire.Hostinfo{}
 	}

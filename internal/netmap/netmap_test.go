@@ -479,3 +479,15 @@ func TestZeroMap(t *testing.T) {
 		t.Error("the zero map knows something")
 	}
 }
+
+// A peer that is not signed may use the peer API alone, which we do not have.
+func TestUnsignedPeerBeginsNothing(t *testing.T) {
+	n := wire.Node{ID: 2, Key: identity.NewNode().Public(), UnsignedPeerAPIOnly: true}
+	m, _, err := Apply(nil, &wire.MapResponse{Node: &wire.Node{ID: 1, Key: identity.NewNode().Public()}, Peers: []*wire.Node{&n}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, ok := m.PeerByID(2); !ok || !p.IsJailed || n.IsJailed {
+		t.Errorf("the peer is %+v", p)
+	}
+}
