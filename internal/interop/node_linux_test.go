@@ -59,34 +59,6 @@ func (s stockStatus) peer(label string) (stockPeer, bool) {
 	return stockPeer{}, false
 }
 
-// stockNetmap is the part of a stock node's netmap that tests look at.
-type stockNetmap struct{ Peers []stockNetmapPeer }
-
-type stockNetmapPeer struct {
-	Name      string
-	Key       string
-	Endpoints []netip.AddrPort
-	HomeDERP  int
-}
-
-// netmap asks for the netmap in force.
-func (n *stockNode) netmap() (m stockNetmap) {
-	n.t.Helper()
-	n.do("netmap", nil, &m)
-	return m
-}
-
-// endpoints are those of a peer that the stock node knows.
-func (n *stockNode) endpoints(of string) []netip.AddrPort {
-	n.t.Helper()
-	for _, p := range n.netmap().Peers {
-		if label(p.Name) == of {
-			return p.Endpoints
-		}
-	}
-	return nil
-}
-
 // identity is what a stock node says of a peer.
 type identity struct {
 	Name  string

@@ -50,7 +50,6 @@ func newNode(args []string) (map[string]handler, func()) {
 		"start":    typed(n.start),
 		"up":       typed(n.up),
 		"status":   typed(n.status),
-		"netmap":   typed(n.netmap),
 		"whois":    typed(n.whois),
 		"ping":     typed(n.ping),
 		"logout":   typed(n.logout),
@@ -131,24 +130,6 @@ func (n *node) up(ctx context.Context, _ none) (any, error) {
 }
 
 func (n *node) status(ctx context.Context, _ none) (any, error) { return n.lc.Status(ctx) }
-
-// netmap returns the netmap in force, as the stock node keeps it.
-func (n *node) netmap(ctx context.Context, _ none) (any, error) {
-	w, err := n.lc.WatchIPNBus(ctx, ipn.NotifyInitialNetMap|ipn.NotifyNoPrivateKeys)
-	if err != nil {
-		return nil, err
-	}
-	defer w.Close()
-	for {
-		m, err := w.Next()
-		if err != nil {
-			return nil, err
-		}
-		if m.NetMap != nil {
-			return m.NetMap, nil
-		}
-	}
-}
 
 type whoisArgs struct{ Addr string }
 
