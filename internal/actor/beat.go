@@ -14,7 +14,8 @@ type Beat struct {
 	Addr  string
 	Every time.Duration // 0 = 20 ms
 	For   time.Duration // it ends then, or
-	Until string        // when the path is this, "" = never
+	Until string        // when the path is this, "" = any
+	Still time.Duration // but not before, if Until is set or not; 0 = For without Until
 }
 
 // Beaten is what a Beat saw. Durations count from its beginning.
@@ -23,6 +24,7 @@ type Beaten struct {
 	Path   string        // at the end: "direct", "relay"
 	Direct time.Duration // until the path was first direct, 0 = never
 	Gap    time.Duration // longest time without an answer after the first
+	Well   time.Duration // until the end of the longest gap
 	Count  int           // answers
 	Error  string        // why it ended early
 }
@@ -61,13 +63,17 @@ func (a *agent) beat(b Beat) (any, error) {
 			return r, nil
 		}
 		now := time.Now()
-		r.Gap, last = max(r.Gap, now.Sub(last)), now
+		if gap := now.Sub(last); gap > r.Gap {
+			r.Gap, r.Well = gap, now.Sub(begin)
+		}
+		last = now
 		r.Count++
 		r.Path = path()
 		if r.Path == "direct" && r.Direct == 0 {
 			r.Direct = now.Sub(begin)
 		}
-		if now.Sub(begin) >= b.For || b.Until != "" && r.Path == b.Until {
+		age := now.Sub(begin)
+		if age >= b.For || age >= b.Still && (b.Until != "" && r.Path == b.Until || b.Until == "" && b.Still > 0) {
 			return r, nil
 		}
 		select {

@@ -64,7 +64,7 @@ func (r *Router) Renumber() {
 func (h *Host) Move(to *Router) {
 	h.lab.t.Helper()
 	h.Sh("ip link del eth0")
-	h.IPv4 = to.join(h.NS, "eth0")
+	h.IPv4, h.router = to.join(h.NS, "eth0"), to
 }
 
 // Down takes the host's interface down, Up brings it back.

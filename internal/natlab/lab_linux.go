@@ -102,6 +102,8 @@ type Host struct {
 	NS   string
 	IPv4 netip.Addr // zero on a host without
 	IPv6 netip.Addr // zero on a host without
+
+	router *Router // that it is behind, nil on public hosts
 }
 
 // Public adds a host with public addresses.
@@ -200,7 +202,7 @@ func (r *Router) join(ns, dev string) netip.Addr {
 // Host adds a host to the router's private network.
 func (r *Router) Host(name string) *Host {
 	r.lab.t.Helper()
-	h := &Host{lab: r.lab, NS: r.lab.namespace(name)}
+	h := &Host{lab: r.lab, NS: r.lab.namespace(name), router: r}
 	h.IPv4 = r.join(h.NS, "eth0")
 	return h
 }

@@ -1,6 +1,7 @@
 package natlab
 
 import (
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -15,6 +16,8 @@ import (
 
 func TestMain(m *testing.M) {
 	actor.Perform()
+	// Laboratories mostly wait.
+	flag.Set("test.parallel", "6")
 	Main(m)
 }
 
@@ -38,7 +41,7 @@ type world struct {
 	key     string // enrols nodes
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB, options ...func(*world)) *world {
 	t.Helper()
 	w := &world{Lab: New(t), dir: t.TempDir()}
 	w.host = w.Public("control")
@@ -50,6 +53,9 @@ func newWorld(t testing.TB) *world {
 	w.config = actor.ControlConfig{
 		DataDir: filepath.Join(w.dir, "control"), Listen: ":8080", STUN: ":3478",
 		URL: "http://" + controlName + ":8080", Policy: policy, Relay: true,
+	}
+	for _, o := range options {
+		o(w)
 	}
 	w.startControl()
 	w.config.Policy = ""
