@@ -89,14 +89,14 @@ func (r *reader) asserted(s string, at int) (asserted, bool) {
 	if !ok {
 		return asserted{}, false
 	}
-	switch sel := sels[0]; {
+	switch k := kindOf(sels); {
 	case len(ports) != 1 || ports[0].first != ports[0].last:
 		r.fail(at, "test each port on its own", "dst %q of a test must have a single port", s)
 		return asserted{}, false
-	case sel.kind == kindInternet || sel.kind == kindSelf:
-		r.fail(at, "", "%q can not be a destination of a test", sel)
+	case k == kindInternet || k == kindSelf:
+		r.fail(at, "", "%q can not be a destination of a test", sels[0])
 		return asserted{}, false
-	case len(sels) != 1 || sel.kind == kindPrefix && (strings.Contains(name, "/") || !sel.prefix.IsSingleIP()):
+	case len(sels) != 1 || k == kindPrefix && (strings.Contains(name, "/") || !sels[0].prefix.IsSingleIP()):
 		r.fail(at, "test an address in it", "dst %q of a test must be a single host, not a network", s)
 		return asserted{}, false
 	}

@@ -164,7 +164,7 @@ func edited(m policytest.Maker, text string) string {
 func TestIncrementalEqualsFull(t *testing.T) {
 	seeds := uint64(84)
 	if testing.Short() || raceEnabled {
-		seeds = 12
+		seeds = 5
 	}
 	for seed := range seeds {
 		m := policytest.New(seed)

@@ -19,6 +19,8 @@ func FuzzParse(f *testing.F) {
 	}
 	f.Add([]byte(`{"acls": [{"action": "accept", "src": ["autogroup:member"], "dst": ["autogroup:self:*", "[fd00::1]:2", "autogroup:internet:*"]},]}`))
 	f.Add([]byte(`{"acl": [/*`))
+	f.Add([]byte(`{"ipsets": {"ipset:none": []}, "grants": [{"src": ["ipset:none"], "dst": ["ipset:none"], "ip": ["1"]}], "tests": [{"src": "ipset:none", "deny": ["ipset:none:1"]}]}`))
+	f.Add([]byte(`{"ipsets": {"ipset:none": []}, "acls": [{"action": "accept", "src": ["ipset:none"], "dst": ["ipset:none:1"]}], "nodeAttrs": [{"target": ["ipset:none"]}]}`))
 	f.Add([]byte(`{"tests": [{"src": "bob@", "proto": "udp", "accept": ["tag:x:22"], "deny": ["alice@example.com:1", "100.64.0.4:9"]}], "tagOwners": {"tag:x": []}, "randomizeClientPort": true, "ssh": [{}]}`))
 	nodes := testNodes()
 	f.Fuzz(func(t *testing.T, text []byte) {

@@ -5,8 +5,8 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"hash"
 	"slices"
+	"strconv"
 	"strings"
 
 	"mesh/control/wire"
@@ -33,51 +33,56 @@ const idBytes = 6
 // identify gives an entry an ID made of what it says. Order, repetition, comments
 // and other entries do not count; what groups, tags and users are, neither.
 func (r *reader) identify(o origin, srcs []*selector, dsts []dest, protos []int, g *grant, via []string) ruleOrigin {
-	h := sha256.New()
-	var list []string
+	b, words := r.idText[:0], r.idWords[:0]
 	for _, s := range srcs {
-		list = append(list, s.String())
+		words = append(words, s.String())
 	}
-	writeSet(h, "src", list)
-	list = nil
+	b = appendSet(b, "src", words)
+	words = words[:0]
 	for _, d := range dsts {
-		list = append(list, d.sel.String()+" "+portsText(d.ports))
+		words = append(words, d.sel.String()+" "+portsText(d.ports))
 	}
-	writeSet(h, "dst", list)
+	b = appendSet(b, "dst", words)
+	words = words[:0]
 	if g == nil {
-		writeSet(h, "ip", []string{protosText(protos)})
+		b = appendSet(b, "ip", append(words, protosText(protos)))
 	} else {
-		list = nil
 		for _, s := range g.ip {
-			list = append(list, protosText(s.protos)+" "+portsText(s.ports))
+			words = append(words, protosText(s.protos)+" "+portsText(s.ports))
 		}
-		writeSet(h, "grant", list)
-		writeSet(h, "via", via)
+		b = appendSet(b, "grant", words)
+		b = appendSet(b, "via", append(words[:0], via...))
 		if len(g.app) > 0 {
 			app, err := json.Marshal(g.app) // keys are sorted
 			if err != nil {
 				app = fmt.Append(nil, g.app)
 			}
-			writeSet(h, "app", []string{string(app)})
+			b = appendSet(b, "app", append(words[:0], string(app)))
 		}
 	}
-	return ruleOrigin{Rule: o.name, Line: o.line, ID: hex.EncodeToString(h.Sum(nil)[:idBytes])}
+	r.idText, r.idWords = b, words[:0]
+	sum := sha256.Sum256(b)
+	return ruleOrigin{Rule: o.name, Line: o.line, ID: hex.EncodeToString(sum[:idBytes])}
 }
 
-// writeSet writes words in an order of their own. Lengths keep apart what would
-// read the same.
-func writeSet(h hash.Hash, name string, words []string) {
-	words = slices.Clone(words)
+// appendSet appends words in an order of their own. Lengths keep apart what
+// would read the same.
+func appendSet(b []byte, name string, words []string) []byte {
 	slices.Sort(words)
 	words = slices.Compact(words)
-	fmt.Fprintf(h, "%s %d\n", name, len(words))
+	b = strconv.AppendInt(append(append(b, name...), ' '), int64(len(words)), 10)
 	for _, w := range words {
-		fmt.Fprintf(h, "%d %s\n", len(w), w)
+		b = strconv.AppendInt(append(b, '\n'), int64(len(w)), 10)
+		b = append(append(b, ' '), w...)
 	}
+	return append(b, '\n')
 }
 
 // portsText is the normal form of a list of ports.
 func portsText(list []portRange) string {
+	if len(list) == 1 && list[0] == allPorts {
+		return "*"
+	}
 	list = mergePorts(slices.Clone(list))
 	if len(list) == 1 && list[0] == allPorts {
 		return "*"

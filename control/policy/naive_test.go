@@ -211,9 +211,9 @@ func (w *naive) talks(a, b Node) bool {
 
 // Filters, answers and peers say what the naive reading says, on random policies.
 func TestEqualsNaive(t *testing.T) {
-	seeds := uint64(1500)
+	seeds := uint64(600)
 	if testing.Short() || raceEnabled {
-		seeds = 200
+		seeds = 60
 	}
 	accepted, total := 0, 0
 	for seed := range seeds {

@@ -60,6 +60,9 @@ type reader struct {
 	lineStarts []int
 	runesAt    []int // characters before each block of runeBlock bytes
 
+	idText  []byte // buffers of identify
+	idWords []string
+
 	groupNames, tagNames, hostNames, ipsetNames []string
 }
 

@@ -2,9 +2,9 @@
 // node.
 //
 // A policy is a HuJSON file: JSON with comments and trailing commas. It lists
-// who may reach what; everything else is denied. Known now are "acls",
-// "groups", "tagOwners" and "hosts". Parts of the language that this version
-// does not know yet are errors, never ignored: a policy means all that it says.
+// who may reach what; everything else is denied. LANGUAGE.md says all that can
+// stand in it. What has no meaning in a mesh is refused with the reason, never
+// ignored: a policy means all that it says.
 //
 //	{
 //	  "groups":    {"group:ops": ["alice@example.com", "bob@"]},
@@ -13,19 +13,17 @@
 //	  "acls": [
 //	    {"action": "accept", "src": ["group:ops"], "dst": ["tag:db:5432", "printer:*"]},
 //	  ],
+//	  "grants": [
+//	    {"src": ["group:ops"], "dst": ["tag:db"], "ip": ["tcp:22"], "app": {"example.com/cap/db": [{"role": "writer"}]}},
+//	  ],
+//	  "tests": [{"src": "bob@", "accept": ["tag:db:5432"], "deny": ["tag:db:80"]}],
 //	}
 //
-// Sources are "*" (every node, and what lies behind approved routes), users
-// ("alice@example.com", or "bob@" for the plain login name bob), "group:…",
-// "tag:…", names of "hosts", addresses, networks, "autogroup:member" (nodes
-// of users) and "autogroup:tagged". Destinations are the same with ports, and
-// "autogroup:self": the source user's own nodes. User names are compared
-// without regard to case. A node with tags belongs to nobody: selectors of
-// users do not match it.
-//
-// A file without "acls" allows everything between nodes of the mesh, as this
-// language has it everywhere; "acls": [] denies everything, and so does having no
-// policy at all.
+// A policy goes through three stages. Parse reads and checks a file. Compile
+// applies it to the nodes that there are, and Compiled then follows single
+// changes of nodes (Upsert, Remove) and of the policy (Replace) at a cost that
+// depends on what they touch. Filter, Visible, Routes and Attributes say what
+// each node is told; Allows, Explain, Test and Diff answer questions.
 package policy
 
 import (

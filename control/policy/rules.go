@@ -179,7 +179,7 @@ func (r *reader) readGrant(i int, v hujson.Value) {
 			if !ok {
 				continue
 			}
-			switch sels[0].kind {
+			switch kindOf(sels) {
 			case kindSelf:
 				if !selfSources(g.srcs, false) {
 					r.fail(t.at, "", "autogroup:self can only be used with users, groups, or supported autogroups")
@@ -193,6 +193,14 @@ func (r *reader) readGrant(i int, v hujson.Value) {
 		}
 	}
 	r.addGrant(r.origin(name, v.StartOffset), g)
+}
+
+// kindOf returns the kind of the selectors of one word: an IP set may be empty.
+func kindOf(sels []*selector) kind {
+	if len(sels) == 0 {
+		return kindPrefix
+	}
+	return sels[0].kind
 }
 
 // failed reports whether something was found wrong within v.

@@ -85,7 +85,7 @@ func (r *reader) temporary(t Temporary, again bool) {
 		if !ok {
 			continue
 		}
-		if sels[0].kind == kindSelf && !selfSources(g.srcs, false) {
+		if kindOf(sels) == kindSelf && !selfSources(g.srcs, false) {
 			r.fail(0, "", "autogroup:self can only be used with users, groups, or supported autogroups")
 		}
 		g.dsts = append(g.dsts, sels...)
