@@ -87,7 +87,7 @@ func TestParse(t *testing.T) {
 		{"padding shorter than a key", "\x01\x00" + tx + "\x00\x00", Ping{Padding: 2}, nil},
 		{"short meet", "\xe5\x00\x01" + tx + "\x00\x00\x00", nil, ErrShort},
 		{"meet of no phase", "\xe5\x00\x00" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
-		{"meet of a later phase", "\xe5\x00\x04" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
+		{"meet of a later phase", "\xe5\x00\x05" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
 		{"meet with more behind", "\xe5\x00\x03" + tx + "\x00\x00\x00\x05xyz", Meet{Phase: MeetStart, Delay: 5 * time.Microsecond, Endpoints: []netip.AddrPort{}}, nil},
 		{"short pong", "\x02\x00" + tx + string(make([]byte, 17)), nil, ErrShort},
 		{"odd call", "\x03\x00" + string(make([]byte, 19)), CallMeMaybe{}, nil},

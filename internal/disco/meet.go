@@ -18,6 +18,7 @@ const (
 	MeetAsk    Phase = 1 // let us begin together: here are my endpoints
 	MeetAnswer Phase = 2 // yes: here are mine
 	MeetStart  Phase = 3 // begin when you read this
+	MeetGuess  Phase = 4 // that was no use: I opened many ports, guess one
 )
 
 // Meet has two nodes ping each other for the first time at the same moment. It
@@ -48,7 +49,7 @@ func parseMeet(b []byte) (Message, error) {
 		return nil, ErrShort
 	}
 	m := Meet{Phase: Phase(b[0]), ID: TxID(b[1:])}
-	if m.Phase < MeetAsk || m.Phase > MeetStart {
+	if m.Phase < MeetAsk || m.Phase > MeetGuess {
 		return nil, ErrUnknownType
 	}
 	m.Delay = min(time.Duration(binary.BigEndian.Uint32(b[1+txLen:]))*time.Microsecond, time.Hour)

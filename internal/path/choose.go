@@ -117,6 +117,7 @@ type chooser struct {
 	full   instant // last discovery
 	callAt instant // last CallMeMaybe of ours
 	meet   meeting
+	guess  guessed
 
 	retries int     // quick ones still to be made
 	retry   instant // the next one

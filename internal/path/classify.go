@@ -15,6 +15,11 @@ import (
 
 // writeUDP sends datagrams by the socket that fits the address.
 func (p *Path) writeUDP(to netip.AddrPort, datagrams [][]byte) error {
+	if m := p.ways.Load(); m != nil {
+		if s := (*m)[to]; s != nil {
+			return s.write(to, datagrams)
+		}
+	}
 	s := p.socks.Load().to(to.Addr())
 	if s == nil {
 		return errNoSocket

@@ -99,6 +99,9 @@ type Config struct {
 	// the system does not tell of changes, it is asked every few seconds;
 	// NetworkChanged is for who knows sooner. The same holds with ListenUDP.
 	Interfaces func() ([]netip.Prefix, error)
+	// GuessPorts allows to find a path through a NAT that maps by destination
+	// by trying ports, see guess.go. Both sides must allow it.
+	GuessPorts bool
 	// RelayOnly opens no UDP socket: everything goes by relay.
 	RelayOnly bool
 	// DirectOnly connects to no relay.
@@ -135,6 +138,7 @@ type Path struct {
 	peers  table
 	relays relaySet
 	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
+	ways   atomic.Pointer[ways]    // nil = none; written under bindMu
 
 	events *networkEvents // nil = none
 	broken atomic.Bool    // a socket failed
@@ -156,6 +160,7 @@ type Path struct {
 	timers    timerHeap  // peers with something due
 	budget    budget
 	avoid     []netip.AddrPort
+	guessing  bool // ports, for some peer
 	held      []heldPacket
 	ends      endpoints
 	home      home
@@ -293,6 +298,7 @@ func (p *Path) Rebind() error {
 // paths are found anew, relays are connected again and endpoints gathered.
 func (p *Path) NetworkChanged() {
 	local, err := p.cfg.Interfaces()
+	p.closeWays(netip.AddrPort{}) // their NAT may be another
 	p.relays.recheck(func(a netip.Addr) bool {
 		return err != nil || hasAddr(local, a)
 	})
@@ -369,6 +375,7 @@ func (p *Path) Close() error {
 	p.closed = true
 	p.cancel()
 	p.socks.Load().each(func(s *socket) { s.pc.Close() })
+	p.closeWays(netip.AddrPort{})
 	p.bindMu.Unlock()
 	p.relays.close()
 	p.wg.Wait()

@@ -47,6 +47,7 @@ type peer struct {
 	index   int     // in the heap; -1 = not there
 	gone    bool
 	unsent  unsent
+	guessed instant     // when ports were last guessed, 0 = never
 	pingers []chan Pong // calls of Ping that wait
 
 	bound map[netip.AddrPort]struct{} // guarded by table.mu
@@ -169,6 +170,9 @@ func (p *Path) dropLocked(pe *peer) {
 	delete(p.calls, pe)
 	delete(p.meets, pe)
 	p.peers.remove(pe)
+	if d := pe.direct.Load(); d != nil {
+		p.closeWays(*d)
+	}
 	pe.direct.Store(nil)
 	pe.trusted.Store(0)
 	if !pe.info.Disco.IsZero() {
@@ -194,6 +198,9 @@ func (p *Path) duePeer(now instant) bool {
 	}
 	p.mu.Unlock()
 	p.perform(pe, &out)
+	if p.cfg.GuessPorts {
+		p.dueGuess(pe, now)
+	}
 	return true
 }
 

@@ -98,6 +98,9 @@ func (p *Path) pongUDP(from netip.AddrPort, known []Peer, m disco.Pong) {
 		var out todo
 		p.mu.Lock()
 		pr, ok := pe.ch.pong(m.TxID, now, &out)
+		if !ok {
+			ok = pe.ch.guessedRight(from, m.TxID, now, &out)
+		}
 		if ok {
 			p.settleLocked(pe, now)
 			if pr.asked {
@@ -228,6 +231,10 @@ type lateMeet struct {
 // met takes a step of a meeting.
 func (p *Path) met(pe *peer, m disco.Meet) {
 	own, theirs := p.pub.Bytes(), pe.key.Bytes()
+	if m.Phase == disco.MeetGuess {
+		p.guess(pe, m.Endpoints)
+		return
+	}
 	var out todo
 	now := p.now()
 	p.mu.Lock()

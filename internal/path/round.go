@@ -86,6 +86,11 @@ func (r *round) answer(pr stunProbe, mapped netip.AddrPort, now instant) {
 	}
 }
 
+// others4 reports whether other regions are asked over IPv4.
+func (r *round) others4(t *target) bool {
+	return slices.ContainsFunc(r.targets, func(o target) bool { return !o.v6 && o.region != t.region })
+}
+
 // varies reports whether different destinations see different addresses of
 // ours; ok is false while fewer than two have answered.
 func (r *round) varies() (varies, ok bool) {
@@ -152,6 +157,15 @@ func (p *Path) roundLocked(now instant) (send []request, settled bool) {
 			tx := stun.NewTxID()
 			r.probes[tx] = stunProbe{t.region, t.v6, to, now}
 			send = append(send, request{to, tx})
+			if t.tries != 1 || t.v6 || len(t.nodes) < 2 || r.others4(t) {
+				continue
+			}
+			// Only two servers tell whether the NAT maps by destination.
+			if other, ok := p.stunAddrLocked(t); ok && other != to {
+				tx := stun.NewTxID()
+				r.probes[tx] = stunProbe{t.region, t.v6, other, now}
+				send = append(send, request{other, tx})
+			}
 		}
 	}
 	if !r.settled && (r.complete() || now >= r.settleAt()) {

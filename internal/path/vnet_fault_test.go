@@ -159,6 +159,7 @@ func TestVnetNATChanges(t *testing.T) {
 }
 
 func TestVnetRoaming(t *testing.T) {
+	t.Parallel()
 	inWorld(t, 1, func(t *testing.T, w *world) {
 		a, b := w.home("a", vnet.Home()), w.home("b", vnet.Home())
 		other := w.n.NAT(vnet.Home())
@@ -286,6 +287,7 @@ func TestVnetOneWay(t *testing.T) {
 
 // Each of a relayed pair is at home in another region.
 func TestVnetTwoHomes(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		fault func(w *world, a site)
@@ -351,6 +353,7 @@ func TestVnetHomeLost(t *testing.T) {
 }
 
 func TestVnetRelayDeath(t *testing.T) {
+	t.Parallel()
 	// A pair that cannot be direct, at home at the nearer of two relays.
 	relayed := func(t *testing.T, w *world) (a, b site) {
 		a, b = w.home("a", vnet.Symmetric()), w.home("b", vnet.Symmetric())
@@ -430,6 +433,7 @@ func watchAgain(a, b *agent, d time.Duration) time.Duration {
 }
 
 func TestVnetLinks(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		link vnet.Link
@@ -472,6 +476,7 @@ func TestVnetLinks(t *testing.T) {
 // Datagrams of full size arrive although links or black holes take only small
 // ones.
 func TestVnetMTU(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		link vnet.Link
@@ -545,6 +550,7 @@ func (a *agent) silenceAtAll(from *agent) time.Duration {
 // Agents of all kinds in two regions, each talking to each: everybody is
 // heard all the time, also while one after the other moves.
 func TestVnetCrowd(t *testing.T) {
+	t.Parallel()
 	inWorld(t, 2, func(t *testing.T, w *world) {
 		var all []*agent
 		for _, k := range kinds {

@@ -146,6 +146,7 @@ var (
 // The grid: each pair of kinds, started three ways. Data flows in each cell all
 // the time, directly wherever that can be.
 func TestVnetGrid(t *testing.T) {
+	t.Parallel()
 	const limit = 6 * time.Second
 	cells := make(map[string]string)
 	directs, punches := 0, 0
@@ -213,6 +214,7 @@ func median(d []time.Duration) time.Duration {
 
 // Pairs that have more in common, or less, than the pairs of the grid.
 func TestVnetPairs(t *testing.T) {
+	t.Parallel()
 	six := func(s vnet.NAT, how vnet.IPv6) vnet.NAT { s.IPv6 = how; return s }
 	only6 := func(how vnet.IPv6) vnet.NAT { return vnet.NAT{NoIPv4: true, IPv6: how} }
 	hairpin := func(s vnet.NAT) vnet.NAT { s.Hairpin = true; return s }

@@ -23,6 +23,10 @@ const stuckAfter = 10 * time.Second
 // TestVnetSoak does all that may happen to a network to agents that talk, one or
 // two things at a time, and wants everybody to be heard again soon after.
 func TestVnetSoak(t *testing.T) {
+	t.Parallel()
+	if raceDetector {
+		*soakFor /= 4
+	}
 	inWorld(t, 2, func(t *testing.T, w *world) {
 		rng := rand.New(rand.NewPCG(*soakSeed, 0))
 		specs := []vnet.NAT{vnet.Home(), vnet.Home(), vnet.Symmetric(), vnet.FullCone(), vnet.Masquerade(), vnet.UDPBlocked()}
