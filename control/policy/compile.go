@@ -38,7 +38,8 @@ func (n *Node) equal(o *Node) bool {
 
 // Compiled is a policy applied to the nodes of a mesh. It follows changes of
 // nodes at a cost that depends on who can talk to them, not on the size of the
-// mesh. It is not safe for concurrent use, not even for reading.
+// mesh. It is not safe for concurrent use, not even for reading; only Allows,
+// CanReach and Explain leave it as it is, so that they may run beside each other.
 //
 // Node sets are lists of slots, one slot for each node. Each selector knows the
 // nodes that it matches, whether by name, by address or by a route.

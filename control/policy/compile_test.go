@@ -159,6 +159,30 @@ func edited(m policytest.Maker, text string) string {
 	return strings.Replace(text, `"acls": [`, `"acls": [{"action": "accept", "src": ["`+[]string{"bob@", "group:b", "tag:y", "lan"}[m.IntN(4)]+`"], "dst": ["tag:x:7"]},`, 1)
 }
 
+// The order of nodes does not show in anything.
+func TestDeterministic(t *testing.T) {
+	for seed := range uint64(60) {
+		m := policytest.New(seed)
+		text := m.Policy()
+		var nodes []Node
+		for i := range 8 {
+			nodes = append(nodes, fromTest(m.Node(i+1)))
+		}
+		c := Compile(mustParse(t, text), nodes)
+		m.Shuffle(len(nodes), func(i, j int) { nodes[i], nodes[j] = nodes[j], nodes[i] })
+		d := Compile(mustParse(t, text), nodes)
+		for _, n := range nodes {
+			if a, b := view(c, n.ID), view(d, n.ID); a != b {
+				t.Fatalf("seed %d: node %d is told\n%s\nor\n%s", seed, n.ID, a, b)
+			}
+			a, b := c.Explain(Endpoint{Node: 1}, Endpoint{Node: n.ID}, 6, 80), d.Explain(Endpoint{Node: 1}, Endpoint{Node: n.ID}, 6, 80)
+			if a.String() != b.String() {
+				t.Fatalf("seed %d: explained\n%s\nor\n%s", seed, a, b)
+			}
+		}
+	}
+}
+
 // After any of 10,000 random changes the compiled policy is what a fresh one
 // would be, and nodes not named as affected are told the same as before.
 func TestIncrementalEqualsFull(t *testing.T) {

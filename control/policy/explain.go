@@ -278,10 +278,14 @@ func (c *Compiled) matched(r *rule, ref dstRef, s, d *selSet, a, b *party) Match
 func (c *Compiled) why(s selector, p *party) string {
 	switch s.kind {
 	case kindPrefix, kindVia:
+		host := ""
 		for name, h := range c.policy.hosts {
-			if h == s.prefix {
-				return fmt.Sprintf("%s is %s in \"hosts\"", name, prefixText(h))
+			if h == s.prefix && (host == "" || name < host) {
+				host = name
 			}
+		}
+		if host != "" {
+			return fmt.Sprintf("%s is %s in \"hosts\"", host, prefixText(s.prefix))
 		}
 		for _, a := range p.addrs {
 			if a.IsValid() && s.prefix.Contains(a) && !s.prefix.IsSingleIP() {
