@@ -164,6 +164,16 @@ type Tunnel struct {
 
 // New starts a Tunnel. It holds no peer until there is traffic.
 func New(cfg Config) (*Tunnel, error) {
+	t, err := build(cfg)
+	if err != nil {
+		return nil, err
+	}
+	t.wg.Go(t.work)
+	return t, nil
+}
+
+// build makes a Tunnel whose worker does not run.
+func build(cfg Config) (*Tunnel, error) {
 	switch {
 	case cfg.Key.IsZero():
 		return nil, errors.New("tunnel: no private key")
@@ -199,7 +209,6 @@ func New(cfg Config) (*Tunnel, error) {
 		done:    make(chan struct{}),
 	}
 	t.keys.Store(&keyring{current: key})
-	t.wg.Go(t.work)
 	return t, nil
 }
 
