@@ -56,6 +56,12 @@ const (
 	backEvery = time.Second
 )
 
+// Why there is no direct path yet.
+const (
+	whyNew   = "nothing tried yet"
+	whyTried = "no answer yet"
+)
+
 // instant is a point in time as the duration since the path's epoch, which lies
 // so far back that 0 means long ago.
 type instant = time.Duration
@@ -151,7 +157,7 @@ func newChooser(now instant) chooser {
 		candidates: make(map[netip.AddrPort]*candidate),
 		pending:    make(map[disco.TxID]probe),
 		since:      now,
-		why:        "nothing tried yet",
+		why:        whyNew,
 	}
 }
 
@@ -404,6 +410,9 @@ func (c *chooser) deadline() (at instant, ok bool) {
 // to do the same.
 func (c *chooser) discover(now instant, b *budget, out *todo) {
 	c.full = now
+	if c.why == whyNew {
+		c.why = whyTried
+	}
 	n := c.ping(now, -1, b, out)
 	if out.meet != nil {
 		n++ // addresses held back count as well

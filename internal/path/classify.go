@@ -102,7 +102,14 @@ func (p *Path) wireguardUDP(from netip.AddrPort, datagrams [][]byte) {
 		return
 	}
 	src := Source{Addr: from}
-	if pe := p.peers.at(from); pe != nil {
+	pe := p.peers.at(from)
+	if pe == nil {
+		for _, b := range datagrams {
+			if len(b) == initiationLen && b[0] == 1 {
+				p.hold(heldPacket{src: src}, b) // of somebody whom the netmap names soon, maybe
+			}
+		}
+	} else {
 		src.Peer = pe.key
 		now := int64(p.now())
 		pe.received.Store(now)
@@ -183,7 +190,9 @@ const (
 	maxHeldSender = 4  // of one sender
 )
 
-// heldPacket is a disco packet, or a handshake initiation that came by relay.
+// heldPacket is a disco packet, or a handshake initiation. Of initiations that
+// came by UDP nobody knows the sender before WireGuard has looked inside: a few
+// are handed over once more when the netmap changed.
 type heldPacket struct {
 	at    instant
 	src   Source               // Peer set: by relay
@@ -270,6 +279,10 @@ func (p *Path) replay() {
 				rest = append(rest, h)
 			} else {
 				p.relayPackets(h.src.Region, h.src.Peer, [][]byte{h.data})
+			}
+		case h.disco.IsZero():
+			if p.cfg.Receive != nil {
+				p.cfg.Receive(h.src, [][]byte{h.data})
 			}
 		case len(p.cfg.LookupDisco(h.disco)) == 0:
 			rest = append(rest, h)

@@ -103,6 +103,31 @@ func TestNetmapRace(t *testing.T) {
 	})
 }
 
+// TestInitiationBeforeNetmap: without a relay too the first handshake of a peer
+// that the netmap does not name yet is not lost.
+func TestInitiationBeforeNetmap(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, a, b := pair(t)
+		initiation := make([]byte, initiationLen)
+		initiation[0] = 1
+		for range 100 {
+			n.deliver(ap("203.0.113.5:5"), a.addr, initiation)
+		}
+		settle(100 * time.Millisecond)
+		if got := a.take(); len(got) != 100 {
+			t.Fatalf("%d of 100 handed over at once", len(got))
+		}
+		a.knows(b.peer(1))
+		if got := a.take(); len(got) != maxHeldSender || got[0].src != (Source{Addr: ap("203.0.113.5:5")}) {
+			t.Errorf("%d handed over again", len(got))
+		}
+		a.knows(b.peer(1))
+		if got := a.take(); len(got) != 0 {
+			t.Errorf("%d handed over for a third time", len(got))
+		}
+	})
+}
+
 func TestIdlePeerLeavesNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n, a, b := pair(t)

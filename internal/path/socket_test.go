@@ -96,6 +96,7 @@ func FuzzIncoming(f *testing.F) {
 		Key: identity.NewNode(), Disco: own, RelayOnly: true,
 		Lookup:      func(k identity.NodePublic) (Peer, bool) { return known, k == peerKey },
 		LookupDisco: func(k identity.DiscoPublic) []Peer { return []Peer{known}[:b2i(k == peerDisco.Public())] },
+		GuessPorts:  true,
 		Receive:     func(Source, [][]byte) {},
 		dialRelay: func(ctx context.Context, _ *wire.DERPRegion) (relayConn, error) {
 			<-ctx.Done()
@@ -112,6 +113,9 @@ func FuzzIncoming(f *testing.F) {
 	f.Add(stun.AppendResponse(nil, stun.TxID{}, ap("192.0.2.1:1")), uint8(0))
 	f.Add(disco.Append(nil, disco.CallMeMaybe{Endpoints: []netip.AddrPort{ap("[ff02::1]:9")}}), uint8(3))
 	f.Add(disco.Append(nil, disco.Ping{TxID: disco.NewTxID()}), uint8(2))
+	for _, ph := range []disco.Phase{disco.MeetAsk, disco.MeetAnswer, disco.MeetStart, disco.MeetGuess} {
+		f.Add(disco.Append(nil, disco.Meet{Phase: ph, Endpoints: []netip.AddrPort{ap("203.0.113.9:9")}}), uint8(3))
+	}
 	sealer := identity.DiscoPrivate.Shared(peerDisco, own.Public())
 	pub := peerDisco.Public().Bytes()
 	f.Fuzz(func(t *testing.T, b []byte, how uint8) {

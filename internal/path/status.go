@@ -30,7 +30,7 @@ type PeerStatus struct {
 	Size int
 	// Since is when Direct became what it is, and Why the reason: "first
 	// pong", "better latency than …", "path silent", "network changed", what
-	// the system said, or "nothing tried yet".
+	// the system said, or "no answer yet".
 	Since        time.Time
 	Why          string
 	Active       bool      // traffic went out lately: paths are kept alive

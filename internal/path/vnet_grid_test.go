@@ -48,27 +48,17 @@ var kinds = []kind{
 	{"udpblk", behind(vnet.UDPBlocked())},
 }
 
-// expect says what becomes of a pair: direct, relay, or either, depending on
-// who is heard first.
+// expect says what becomes of a pair. Masquerades without a firewall (bare) are
+// punched only since both sides begin at the same moment.
 func expect(a, b string) string {
 	is := func(names ...string) bool { return slices.Contains(names, a) || slices.Contains(names, b) }
 	other := a
-	if a == "sym" || a == "seq" || a == "bare" {
+	if a == "sym" || a == "seq" {
 		other = b
 	}
 	switch {
-	case is("udpblk"):
+	case is("udpblk"), is("sym", "seq") && !slices.Contains([]string{"public", "full", "addr"}, other):
 		return "relay"
-	case is("sym", "seq"):
-		if slices.Contains([]string{"public", "full", "addr"}, other) {
-			return "direct"
-		}
-		return "relay"
-	case is("bare"):
-		if slices.Contains([]string{"public", "full", "addr"}, other) {
-			return "direct"
-		}
-		return "either"
 	}
 	return "direct"
 }
