@@ -11,8 +11,8 @@ import (
 )
 
 // bench is a mesh of teams of twenty: ten nodes of a user and ten with a tag.
-// The 500 rules are between teams, whichever there are. So who can talk to whom
-// does not become more as the mesh grows, and neither should the work.
+// The 500 rules are between the first fifty teams. So who can talk to whom does
+// not become more as the mesh grows, and neither should the work.
 func bench(n int) (text string, nodes []Node) {
 	m := policytest.New(1)
 	teams := max(n/20, 1)
@@ -21,7 +21,7 @@ func bench(n int) (text string, nodes []Node) {
 		owners = append(owners, fmt.Sprintf(`"tag:t%d": []`, i))
 	}
 	for i := range 500 {
-		from, to := m.IntN(teams), m.IntN(teams)
+		from, to := m.IntN(min(teams, 50)), m.IntN(min(teams, 50))
 		if i == 0 {
 			to = 0
 		}
@@ -148,6 +148,28 @@ func BenchmarkEdit(b *testing.B) {
 			}
 			perAffected(b, affected)
 		})
+	}
+}
+
+// What a join costs for each node that is told something new does not grow with
+// the mesh.
+func TestFlatCost(t *testing.T) {
+	cost := func(n int) float64 {
+		text, nodes := bench(n)
+		c := Compile(mustParse(t, text), nodes)
+		join := nodes[0]
+		join.ID, join.Addrs = 1<<30, []netip.Addr{addr("100.99.0.1")}
+		affected := 0
+		allocs := testing.AllocsPerRun(3, func() {
+			ids := c.Upsert(join)
+			tell(c, ids)
+			c.Remove(join.ID)
+			affected = len(ids)
+		})
+		return allocs / float64(affected)
+	}
+	if small, large := cost(1000), cost(10_000); large > small*1.2 {
+		t.Errorf("%.0f allocations for each affected node among 1,000, %.0f among 10,000", small, large)
 	}
 }
 

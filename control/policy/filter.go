@@ -10,7 +10,7 @@ import (
 // Filter returns the packet filter of a node: the rules of which it is a
 // destination, in the order of the policy. Rules with equal sources and
 // protocols are merged. Capabilities are rules of their own, and let no packet
-// through. The result is empty, not nil, if nobody may reach the node. Its SrcIPs
+// through. The result is empty, not nil, if nobody may reach the node. Its parts
 // are shared between rules and must not be changed.
 func (c *Compiled) Filter(id wire.NodeID) []wire.FilterRule {
 	n := c.nodes[id]

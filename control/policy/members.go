@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/tailscale/hujson"
@@ -23,15 +24,21 @@ func (r *reader) members(v hujson.Value, what string) []member {
 		r.fail(v.StartOffset, "", "%s must be an object", what)
 		return nil
 	}
-	seen := make(map[string]bool, len(obj.Members))
-	var out []member
+	// Rules are small and many, lists of names few and long.
+	var seen map[string]bool
+	if len(obj.Members) > 16 {
+		seen = make(map[string]bool, len(obj.Members))
+	}
+	out := make([]member, 0, len(obj.Members))
 	for _, m := range obj.Members {
 		name := m.Name.Value.(hujson.Literal).String()
-		if seen[name] {
+		if seen[name] || seen == nil && slices.ContainsFunc(out, func(m member) bool { return m.name == name }) {
 			r.fail(m.Name.StartOffset, "", "duplicate member %q", name)
 			continue
 		}
-		seen[name] = true
+		if seen != nil {
+			seen[name] = true
+		}
 		out = append(out, member{name, m.Name.StartOffset, m.Value})
 	}
 	return out
