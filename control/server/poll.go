@@ -201,39 +201,46 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 	// streams from waking the server at once.
 	idle := time.NewTimer(wire.KeepAliveInterval + rand.N(9*time.Second))
 	defer idle.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-idle.C:
-		return f.send(&response{MapResponse: wire.MapResponse{KeepAlive: true}})
-	case <-st.wake:
-	}
-	// What is rare goes out at once; what comes in bursts goes out together.
-	if wait := s.cfg.Gather - time.Since(st.spoke); wait > 0 {
-		idle.Reset(wait)
+	// Until something is sent: what wakes the stream may be no news to it, and
+	// must not put off the keep-alive.
+	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-idle.C:
+			return f.send(&response{MapResponse: wire.MapResponse{KeepAlive: true}})
+		case <-st.wake:
 		}
-	}
-	s.mu.Lock()
-	n := s.collect(st)
-	s.mu.Unlock()
-	msgs, err := st.messages(n)
-	if err != nil {
-		return err
-	}
-	for _, m := range msgs {
-		if err := f.send(m); err != nil {
+		// What is rare goes out at once; what comes in bursts goes out together.
+		if wait := s.cfg.Gather - time.Since(st.spoke); wait > 0 {
+			gather := time.NewTimer(wait)
+			select {
+			case <-ctx.Done():
+				gather.Stop()
+				return ctx.Err()
+			case <-gather.C:
+			}
+		}
+		s.mu.Lock()
+		n := s.collect(st)
+		s.mu.Unlock()
+		msgs, err := st.messages(n)
+		if err != nil {
 			return err
 		}
-		st.spoke = time.Now()
+		for _, m := range msgs {
+			if err := f.send(m); err != nil {
+				return err
+			}
+			st.spoke = time.Now()
+		}
+		if n.ended {
+			return errStreamOver
+		}
+		if len(msgs) > 0 {
+			return nil
+		}
 	}
-	if n.ended {
-		return errStreamOver
-	}
-	return nil
 }
 
 // attach makes a new stream the node's poll, in place of a former one.

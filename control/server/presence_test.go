@@ -135,6 +135,43 @@ func TestKeepAlive(t *testing.T) {
 	})
 }
 
+// A stream that is woken for nothing, time and again, is kept alive all the same.
+func TestKeepAliveAmongIdleWakes(t *testing.T) {
+	bubble(t, nil, func(t *testing.T, w *world) {
+		m := w.machine().join(w.key(store.Key{}))
+		n := m.poll(nil)
+		n.until(t, "a keep-alive", func() bool { return n.last.KeepAlive })
+		stop := make(chan struct{})
+		woken := make(chan struct{})
+		go func() {
+			defer close(woken)
+			for range 60 {
+				select {
+				case <-stop:
+					return
+				case <-time.After(5 * time.Second):
+				}
+				w.s.mu.Lock()
+				st := w.s.nodes.byKey[m.key.Public()].stream
+				w.s.mu.Unlock()
+				select {
+				case st.wake <- struct{}{}:
+				default:
+				}
+			}
+		}()
+		before := time.Now()
+		if err := n.read(); err != nil || !n.last.KeepAlive {
+			t.Errorf("%+v, %v", n.last, err)
+		}
+		if d := time.Since(before); d > 60*time.Second {
+			t.Errorf("keep-alive after %v", d)
+		}
+		close(stop)
+		<-woken
+	})
+}
+
 func TestSecondPollReplacesFirst(t *testing.T) {
 	bubble(t, nil, func(t *testing.T, w *world) {
 		allow(w)
