@@ -36,6 +36,10 @@ func (r *reader) capabilities(v hujson.Value, what string, reserved bool) map[st
 			r.fail(m.nameAt, "use a domain of your own", "capability name %q must not be in the tailscale.com domain", m.name)
 			continue
 		}
+		if isNull(m.value) {
+			out[m.name] = nil // a name without values
+			continue
+		}
 		values := []json.RawMessage{}
 		for _, v := range r.array(m.value, m.name) {
 			values = append(values, plainJSON(v))

@@ -19,7 +19,7 @@ func TestGrants(t *testing.T) {
 	"tagOwners": {"tag:db": [], "tag:router": []},
 	"grants": [
 		{"src": ["group:ops"], "dst": ["tag:db"], "ip": ["tcp:5432", "udp:53", "tcp:80-81", "icmp:*"], "app": {"example.com/cap/db": [{"role": "writer"}, 5]}},
-		{"src": ["bob@"], "dst": ["tag:db"], "app": {"tailscale.com/cap/drive": [{"shares": ["*"]}]}},
+		{"src": ["bob@"], "dst": ["tag:db"], "app": {"tailscale.com/cap/drive": [{"shares": ["*"]}]}, "via": null},
 		{"src": ["bob@"], "dst": ["autogroup:self"], "ip": ["22", "*"]},
 	]}`), testNodes())
 	if got, want := format(c.Filter(3)), `[100.64.0.3 fd7a:115c:a1e0::3] -> [100.64.0.3:22-22[{grants[2] 7}] 100.64.0.3:0-65535[{grants[2] 7}] fd7a:115c:a1e0::3:22-22[{grants[2] 7}] fd7a:115c:a1e0::3:0-65535[{grants[2] 7}]] []`; !strings.Contains(got, want) {
