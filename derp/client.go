@@ -147,6 +147,7 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 			WriteTimeout: cfg.WriteTimeout,
 			DataPackets:  cfg.QueuePackets,
 			DataBytes:    cfg.QueueBytes,
+			Fair:         true,
 		}),
 	}
 	if c.logger == nil {
@@ -343,8 +344,8 @@ func healthText(b []byte) string {
 }
 
 // Send queues packets for the peer dst and returns at once; it copies them.
-// When the relay takes them too slowly the oldest in the queue are dropped, see
-// Dropped. The error is ErrPacketTooLarge, or why the connection ended.
+// When the relay takes them too slowly the oldest in the queue are dropped, or
+// the new ones of a peer that has more than its share of it; see Dropped. The error is ErrPacketTooLarge, or why the connection ended.
 func (c *Client) Send(dst identity.NodePublic, packets ...[]byte) error {
 	for _, p := range packets {
 		if len(p) > MaxPacket {

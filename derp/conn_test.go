@@ -431,3 +431,46 @@ func (r *stepReader) Read(p []byte) (int, error) {
 	r.b = r.b[n:]
 	return n, nil
 }
+
+func TestFairQueue(t *testing.T) {
+	a, b := net.Pipe() // nobody reads: the writer stands still
+	defer b.Close()
+	c := NewConn(a, nil, ConnConfig{DataPackets: 100, Fair: true})
+	defer c.Close()
+	busy, quiet := identity.NewNode().Public(), identity.NewNode().Public()
+	c.EnqueuePackets(Data, FrameSendPacket, quiet, []byte("early"))
+	for range 1000 {
+		c.EnqueuePackets(Data, FrameSendPacket, busy, []byte("x"), []byte("y"))
+	}
+	for range 20 {
+		c.EnqueuePackets(Data, FrameSendPacket, quiet, []byte("late"))
+	}
+	count := map[string]int{}
+	for _, k := range c.take() {
+		for b := k.bytes(); len(b) > 0; {
+			_, n, err := parseHeader(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			count[string(b[FrameHeaderLen+identity.KeyLen:FrameHeaderLen+n])]++
+			b = b[FrameHeaderLen+n:]
+		}
+	}
+	if count["late"] != 20 || count["x"]+count["y"] < 50 {
+		t.Errorf("%v", count)
+	}
+	if d := c.Dropped(); d != 2000+21-100 {
+		t.Errorf("%d dropped", d)
+	}
+	// Alone it may have all.
+	for range 1000 {
+		c.EnqueuePackets(Data, FrameSendPacket, busy, []byte("x"))
+	}
+	n := 0
+	for _, k := range c.take() {
+		n += k.frames
+	}
+	if n != 100 {
+		t.Errorf("%d frames of the only peer", n)
+	}
+}

@@ -49,6 +49,34 @@ type queue struct {
 	frames  int
 	bytes   int
 	dropped uint64
+
+	// pushed counts frames by key since the last take, if the queue is to be
+	// fair; nil if not.
+	pushed map[[identity.KeyLen]byte]int
+}
+
+// share returns which packets for key may be pushed: none if the queue is full
+// and this key had more than half of it since something was taken, while others
+// had some. One busy peer thus does not push the packets of others out.
+func (q *queue) share(key *[identity.KeyLen]byte, packets [][]byte) [][]byte {
+	if q.pushed == nil {
+		return packets
+	}
+	had := q.pushed[*key]
+	if had == 0 && len(q.pushed) >= q.maxFrames {
+		clear(q.pushed)
+	}
+	q.pushed[*key] = had + len(packets)
+	need := 0
+	for _, b := range packets {
+		need += FrameHeaderLen + len(key) + len(b)
+	}
+	full := q.frames+len(packets) > q.maxFrames || q.bytes+need > q.maxBytes
+	if !full || len(q.pushed) < 2 || had <= q.maxFrames/2 {
+		return packets
+	}
+	q.dropped += uint64(len(packets))
+	return nil
 }
 
 // push appends a frame of an optional key and a body.
@@ -114,6 +142,7 @@ func (q *queue) take(dst []*chunk, room *int) []*chunk {
 	}
 	if n > 0 {
 		q.shift(n)
+		clear(q.pushed)
 	}
 	return dst
 }
