@@ -14,6 +14,8 @@ import (
 type stockNode struct {
 	*process
 	Status stockStatus // of the last up
+
+	args, env []string
 }
 
 // stockStatus is the part of a stock node's status that tests look at.
@@ -91,7 +93,17 @@ func stock(t testing.TB, name, url, authKey string, env []string, flags ...strin
 	if authKey != "" {
 		args = append(args, "-authkey", authKey)
 	}
-	return &stockNode{process: startStock(t, name, env, append(args, flags...)...)}
+	n := &stockNode{args: append(args, flags...), env: env}
+	n.process = startStock(t, name, env, n.args...)
+	return n
+}
+
+// again starts the node anew, in another process with the same state.
+func (n *stockNode) again() {
+	n.t.Helper()
+	n.process = startStock(n.t, n.name, n.env, n.args...)
+	n.up()
+	n.services()
 }
 
 // up starts the node and waits until it runs.

@@ -62,7 +62,7 @@ func startStock(t testing.TB, name string, env []string, args ...string) *proces
 	p.cmd.Env = append(os.Environ(), "TS_NO_LOGS_NO_SUPPORT=true", "HOME="+t.TempDir())
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	log, err := os.Create(p.log)
+	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,4 +215,17 @@ func (p *process) event(name string, n int) json.RawMessage {
 			p.t.Fatalf("%s: no event %s", p.name, name)
 		}
 	}
+}
+
+// said reports whether there was an event with that text.
+func (p *process) said(name, text string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, raw := range p.events[name] {
+		var got string
+		if json.Unmarshal(raw, &got) == nil && got == text {
+			return true
+		}
+	}
+	return false
 }

@@ -186,10 +186,14 @@ type loginArgs struct{ AuthKey string }
 // login logs in again, which makes another node key: with an enrolment key, or
 // by a URL that comes as an event.
 func (n *node) login(ctx context.Context, a loginArgs) (any, error) {
-	if a.AuthKey != "" {
-		if err := n.lc.Start(ctx, ipn.Options{AuthKey: a.AuthKey}); err != nil {
-			return nil, err
-		}
+	// A logout has forgotten everything, also the control server.
+	prefs, err := n.lc.GetPrefs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	prefs.ControlURL, prefs.Hostname, prefs.WantRunning = n.srv.ControlURL, n.srv.Hostname, true
+	if err := n.lc.Start(ctx, ipn.Options{AuthKey: a.AuthKey, UpdatePrefs: prefs}); err != nil {
+		return nil, err
 	}
 	return nil, n.lc.StartLoginInteractive(ctx)
 }
