@@ -42,6 +42,14 @@ const (
 	keepAliveInterval = 30 * time.Second
 	keepAliveCount    = 4
 
+	// maxRTO bounds how long TCP waits before it tries again. What loses
+	// everything here is a path that changes, for seconds, and whoever waits
+	// should notice soon after it is there again; what is lost by congestion
+	// is repeated far sooner. It is more than round trips take.
+	maxRTO = 2 * time.Second
+	// maxRetries gives up after about a quarter of an hour, as elsewhere.
+	maxRetries = 450
+
 	// maxTrain bounds the bytes on the wire of one batch made of one segment,
 	// counting tunnelOverhead for each packet: the kernel refuses to segment
 	// UDP trains near 64 KiB in hardware.
@@ -69,8 +77,10 @@ func newGVisor() (*stack.Stack, error) {
 	// directions without any timer running, for ever. Without it the classic
 	// retransmission timer does the work, at no cost in speed.
 	recovery := tcpip.TCPRecovery(0)
+	rto := tcpip.TCPMaxRTOOption(maxRTO)
+	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	for _, opt := range []tcpip.SettableTransportProtocolOption{
-		&sack, &moderate, &reuse, &wait, &recovery,
+		&sack, &moderate, &reuse, &wait, &recovery, &rto, &retries,
 		&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 	} {
