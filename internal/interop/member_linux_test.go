@@ -27,16 +27,25 @@ type member interface {
 // each question may go to another process.
 func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
+	if !happens(ok) {
+		t.Fatalf("waited %v for %s", meshtest.Patience, what)
+	}
+}
+
+// happens is until for other goroutines than the test's: it reports whether ok
+// returned true in time.
+func happens(ok func() bool) bool {
 	deadline := time.After(meshtest.Patience)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
 		select {
 		case <-deadline:
-			t.Fatalf("waited %v for %s", meshtest.Patience, what)
+			return false
 		case <-tick.C:
 		}
 	}
+	return true
 }
 
 // know waits until each of the members could send packets to all others. A
