@@ -57,6 +57,8 @@ func (r *Router) Renumber() {
 		nft flush ruleset
 	`, old, r.WAN))
 	r.Sh("nft -f - <<'RULES'\n" + r.Kind.rules(r.WAN) + "\nRULES")
+	// What passed while there were no rules would go on untranslated.
+	r.Sh("conntrack -F 2>/dev/null")
 }
 
 // Move takes the host to another router's network: its interface vanishes, and
