@@ -46,7 +46,7 @@ func newFront(next http.Handler) *front {
 // putBefore makes a stock control server ask f first, for all that comes over
 // its encrypted connections. They are served by a field that is not exported.
 func putBefore(s *testcontrol.Server) *front {
-	s.ServeHTTP(discard{}, must(http.NewRequest("GET", "/generate_204", nil))) // makes the field
+	s.ServeHTTP(discard{}, must(http.NewRequest("GET", "/key?v=1", nil))) // makes the field, and its key
 	field := reflect.ValueOf(s).Elem().FieldByName("mux")
 	mux := (**http.ServeMux)(unsafe.Pointer(field.UnsafeAddr()))
 	f := newFront(*mux)
@@ -162,6 +162,7 @@ func (s *mapStream) Flush() {
 
 func (s *mapStream) end() {
 	s.mu.Lock()
+	s.ResponseWriter.Write(s.pending) // the text of a refusal
 	s.ended = true
 	s.mu.Unlock()
 }
