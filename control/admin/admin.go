@@ -25,6 +25,9 @@ const MaxBody = 64 << 20
 // MaxPolicy is the longest policy, in bytes.
 const MaxPolicy = 1 << 20
 
+// MaxAudit is how many entries one answer of the audit record has at most.
+const MaxAudit = 10000
+
 // Errors that Error matches with errors.Is.
 var (
 	ErrNotFound = errors.New("not found")
@@ -129,7 +132,18 @@ type Node struct {
 	Version   int                 `json:"capabilityVersion,omitempty"`
 	HomeRelay int                 `json:"homeRelay,omitempty"`
 	Endpoints []netip.AddrPort    `json:"endpoints,omitempty"`
+	Routes    []NodeRoute         `json:"routes,omitempty"`
 	Peers     []string            `json:"peers,omitempty"` // names of the nodes it may see; only in a single node's answer
+}
+
+// NodeRoute is a network behind a node.
+type NodeRoute struct {
+	Prefix     netip.Prefix `json:"prefix"`
+	Advertised bool         `json:"advertised"` // the node offers it
+	// Approved says by whom it is approved: "administrator", "policy", or ""
+	// that it is not.
+	Approved string `json:"approved,omitempty"`
+	Primary  bool   `json:"primary,omitempty"` // the node is in charge of it
 }
 
 // NodeRename is the body of POST /v1/nodes/NAME/rename.
@@ -176,6 +190,7 @@ type Policy struct {
 	Text    string    `json:"text"`
 	Author  string    `json:"author,omitempty"`
 	Created time.Time `json:"created,omitzero"`
+	Note    string    `json:"note,omitempty"` // where it comes from: "rollback to version 3"
 	// Warnings are about a policy that is valid but probably not meant so.
 	Warnings []string `json:"warnings,omitempty"`
 }
@@ -186,6 +201,70 @@ type PolicySet struct {
 	// Replaces is the version that the writer has seen; another one in force
 	// is ErrConflict. nil = whatever is in force.
 	Replaces *int64 `json:"replaces,omitempty"`
+	// Guard refuses a policy under which no node may reach any other, if some
+	// may now.
+	Guard bool `json:"guard,omitempty"`
+}
+
+// PolicyRollback is the body of POST /v1/policy/rollback.
+type PolicyRollback struct {
+	Version  int64  `json:"version"` // whose text comes in force again, as a new version
+	Replaces *int64 `json:"replaces,omitempty"`
+}
+
+// Grant is access that was given for a time, beside the policy.
+type Grant struct {
+	ID      int64     `json:"id"`
+	From    []string  `json:"from"` // as asked for
+	To      []string  `json:"to"`
+	Src     []string  `json:"src"` // what that means in the policy language
+	Dst     []string  `json:"dst"`
+	IP      []string  `json:"ip"`
+	Reason  string    `json:"reason,omitempty"`
+	Author  string    `json:"author"`
+	Created time.Time `json:"created"`
+	Until   time.Time `json:"until"`
+	Ended   time.Time `json:"ended,omitzero"`
+	EndedBy string    `json:"endedBy,omitempty"`
+	Why     string    `json:"why,omitempty"` // it ended: "over", "revoked", …
+}
+
+// GrantAdd is the body of POST /v1/grants.
+type GrantAdd struct {
+	Src    []string      `json:"src"` // selectors of the policy language, or names of nodes
+	Dst    []string      `json:"dst"`
+	IP     []string      `json:"ip"` // "tcp:22", "443", "*"
+	For    time.Duration `json:"for"`
+	Reason string        `json:"reason,omitempty"`
+}
+
+// ShadowReport is what a candidate would have decided otherwise than the policy
+// in force, on connection attempts that nodes saw since Since.
+type ShadowReport struct {
+	Since    time.Time    `json:"since"`
+	Attempts int64        `json:"attempts"` // that were judged by both
+	Dropped  int64        `json:"dropped"`  // differences that found no room in the report
+	Pairs    []ShadowPair `json:"pairs"`
+}
+
+// ShadowPair are attempts of one identity at another.
+type ShadowPair struct {
+	Src      string    `json:"src"` // a user, or tags
+	Dst      string    `json:"dst"`
+	Proto    int       `json:"proto"`
+	Port     uint16    `json:"port"`
+	Allowed  bool      `json:"allowed"`  // newly allowed; else newly denied
+	Attempts int64     `json:"attempts"` // how many
+	First    time.Time `json:"first"`
+	Last     time.Time `json:"last"`
+	// Rules are those that let them in: of the candidate if it allows, else of
+	// the policy in force.
+	Rules []wire.RuleOrigin `json:"rules,omitempty"`
+}
+
+// NodeRoutes is the body of POST /v1/nodes/NAME/routes.
+type NodeRoutes struct {
+	Approved []netip.Prefix `json:"approved"` // all that an administrator approves
 }
 
 // Relay is a relay of the relay map.

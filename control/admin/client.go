@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"time"
@@ -184,6 +185,74 @@ func (c *Client) SetPolicy(ctx context.Context, p PolicySet) (Policy, error) {
 func (c *Client) CheckPolicy(ctx context.Context, text string) ([]string, error) {
 	p, err := get[Policy](ctx, c, "POST", "/v1/policy/check", PolicySet{Text: text})
 	return p.Warnings, err
+}
+
+// PolicyVersion returns one version of the policy.
+func (c *Client) PolicyVersion(ctx context.Context, version int64) (Policy, error) {
+	return get[Policy](ctx, c, "GET", "/v1/policy?version="+strconv.FormatInt(version, 10), nil)
+}
+
+// PolicyHistory lists the newest versions, newest first, without their texts.
+func (c *Client) PolicyHistory(ctx context.Context) ([]Policy, error) {
+	return get[[]Policy](ctx, c, "GET", "/v1/policy/versions", nil)
+}
+
+// RollbackPolicy brings the text of an older version in force again.
+func (c *Client) RollbackPolicy(ctx context.Context, r PolicyRollback) (Policy, error) {
+	return get[Policy](ctx, c, "POST", "/v1/policy/rollback", r)
+}
+
+// Topology returns who is in the mesh, as policies see it.
+func (c *Client) Topology(ctx context.Context) (Topology, error) {
+	return get[Topology](ctx, c, "GET", "/v1/topology", nil)
+}
+
+// AddGrant gives access for a time.
+func (c *Client) AddGrant(ctx context.Context, g GrantAdd) (Grant, error) {
+	return get[Grant](ctx, c, "POST", "/v1/grants", g)
+}
+
+// Grants lists the grants in force, oldest first; with all the newest of those
+// that ended, too.
+func (c *Client) Grants(ctx context.Context, all bool) ([]Grant, error) {
+	path := "/v1/grants"
+	if all {
+		path += "?all=1"
+	}
+	return get[[]Grant](ctx, c, "GET", path, nil)
+}
+
+// RevokeGrant ends a grant. ErrConflict: it has ended already.
+func (c *Client) RevokeGrant(ctx context.Context, id int64) (Grant, error) {
+	return get[Grant](ctx, c, "DELETE", "/v1/grants/"+strconv.FormatInt(id, 10), nil)
+}
+
+// Shadow returns the candidate beside the policy. Its text is "" if there is
+// none.
+func (c *Client) Shadow(ctx context.Context) (Policy, error) {
+	return get[Policy](ctx, c, "GET", "/v1/policy/shadow", nil)
+}
+
+// SetShadow puts a candidate beside the policy and starts a new report.
+func (c *Client) SetShadow(ctx context.Context, text string) (Policy, error) {
+	return get[Policy](ctx, c, "PUT", "/v1/policy/shadow", PolicySet{Text: text})
+}
+
+// ClearShadow takes the candidate away, and its report.
+func (c *Client) ClearShadow(ctx context.Context) error {
+	return c.do(ctx, "DELETE", "/v1/policy/shadow", nil, nil)
+}
+
+// ShadowReport tells what the candidate would decide otherwise. ErrNotFound:
+// there is none.
+func (c *Client) ShadowReport(ctx context.Context) (ShadowReport, error) {
+	return get[ShadowReport](ctx, c, "GET", "/v1/policy/shadow/report", nil)
+}
+
+// ApproveRoutes sets which routes of a node, named as for Node, an
+// administrator approves.
+func (c *Client) ApproveRoutes(ctx context.Context, name string, approved []netip.Prefix) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/routes", NodeRoutes{approved})
 }
 
 // Relays lists the relay map.

@@ -243,7 +243,7 @@ func (h *Host) loadPolicy() error {
 	if p, err := h.store.Policy(ctx); err == nil && p.Text == string(text) {
 		return nil
 	}
-	if _, err := h.store.SetPolicy(ctx, "file "+h.cfg.PolicyFile, string(text), -1, time.Now()); err != nil {
+	if _, err := h.store.SetPolicy(ctx, "file "+h.cfg.PolicyFile, string(text), "", -1, time.Now()); err != nil {
 		return fmt.Errorf("policy %s: %w", h.cfg.PolicyFile, err)
 	}
 	return nil

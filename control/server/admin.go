@@ -43,12 +43,23 @@ func (s *Server) AdminHandler() http.Handler {
 		"POST /v1/nodes/{name}/rename":   s.adminRenameNode,
 		"POST /v1/nodes/{name}/owner":    s.adminOwnNode,
 		"POST /v1/nodes/{name}/expire":   s.adminExpireNode,
+		"POST /v1/nodes/{name}/routes":   s.adminApproveRoutes,
 		"GET /v1/logins":                 s.adminLogins,
 		"POST /v1/logins/{code}/approve": s.adminApproveLogin,
 		"POST /v1/logins/{code}/reject":  s.adminRejectLogin,
 		"GET /v1/policy":                 s.adminPolicy,
 		"PUT /v1/policy":                 s.adminSetPolicy,
 		"POST /v1/policy/check":          s.adminCheckPolicy,
+		"GET /v1/policy/versions":        s.adminPolicyVersions,
+		"POST /v1/policy/rollback":       s.adminRollback,
+		"GET /v1/policy/shadow":          s.adminShadow,
+		"PUT /v1/policy/shadow":          s.adminSetShadow,
+		"DELETE /v1/policy/shadow":       s.adminClearShadow,
+		"GET /v1/policy/shadow/report":   s.adminShadowReport,
+		"GET /v1/topology":               s.adminTopology,
+		"GET /v1/grants":                 s.adminGrants,
+		"POST /v1/grants":                s.adminAddGrant,
+		"DELETE /v1/grants/{id}":         s.adminRevokeGrant,
 		"GET /v1/relays":                 s.adminRelays,
 		"DELETE /v1/relays/{id}":         s.adminRemoveRelay,
 		"GET /v1/audit":                  s.adminAudit,
@@ -150,9 +161,6 @@ func (s *Server) adminRemoveRelay(r *http.Request) (any, error) {
 	return struct{}{}, s.removeRelay(context.WithoutCancel(r.Context()), localAdmin, id)
 }
 
-// maxAudit bounds one answer.
-const maxAudit = 10000
-
 func (s *Server) adminAudit(r *http.Request) (any, error) {
 	var since time.Time
 	if text := r.URL.Query().Get("since"); text != "" {
@@ -161,7 +169,7 @@ func (s *Server) adminAudit(r *http.Request) (any, error) {
 			return nil, fmt.Errorf("%w: since: %w", errInvalid, err)
 		}
 	}
-	entries, err := s.store.Audit(r.Context(), since, maxAudit)
+	entries, err := s.store.Audit(r.Context(), since, admin.MaxAudit)
 	if err != nil {
 		return nil, err
 	}

@@ -65,6 +65,7 @@ func (s *Server) adminNode(r *http.Request) (any, error) {
 		return nil, err
 	}
 	out := s.adminNodeOf(n)
+	out.Routes = s.adminRoutes(n)
 	for _, id := range s.policy.compiled.Visible(n.ID) {
 		if p := s.nodes.byID[id]; p != nil {
 			out.Peers = append(out.Peers, p.Name)

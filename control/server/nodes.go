@@ -28,6 +28,9 @@ type node struct {
 	place     int       // in Server.deadline, from 1; 0 = not in it
 
 	view *view // what peers see
+	// routed are the approved routes that the policy knows of.
+	routed   []netip.Prefix
+	reported time.Time // when it last told of connection attempts
 }
 
 // presence is whether a node has a map poll.
@@ -154,13 +157,16 @@ func (r *registry) freeName(base string, id wire.NodeID) string {
 // ownerName is the login name the policy knows a node's owner by.
 func (s *Server) ownerName(n *store.Node) string { return s.users[n.User].Name }
 
-// policyNode describes a node to the policy. Server.mu is held.
-// One whose key expired has no address in it, so that no filter lets it in.
-func (s *Server) policyNode(n *node) policy.Node {
+// policyNode describes a node, with the routes that a policy approves.
+// Server.mu is held. One whose key expired has no address in it, so that no
+// filter lets it in.
+func (s *Server) policyNode(n *node, base *policy.Policy) policy.Node {
 	owner := s.users[n.User]
 	p := policy.Node{ID: n.ID, User: owner.Name, Role: policyRole(owner.Role), Tags: n.Tags}
 	if !n.expired {
 		p.Addrs = []netip.Addr{n.IPv4, n.IPv6}
+		p.Offline = n.online == presenceOffline
+		p.Routes = s.approved(n, p, base)
 	}
 	return p
 }
@@ -226,6 +232,14 @@ func (s *Server) selfNode(n *node) *wire.Node {
 	w.Machine = n.Machine
 	on := true
 	w.Online, w.LastSeen = &on, nil
+	if len(n.routed) > 0 {
+		w.AllowedIPs = slices.Concat(w.Addresses, n.routed)
+		for _, r := range n.routed {
+			if id, ok := s.policy.compiled.Primary(r); ok && id == n.ID && r.Bits() > 0 {
+				w.PrimaryRoutes = append(w.PrimaryRoutes, r)
+			}
+		}
+	}
 	w.CapMap = s.attributes(n.ID)
 	return &w
 }
@@ -320,13 +334,17 @@ func (s *Server) newProfile(id wire.UserID) *wire.UserProfile {
 	return p
 }
 
-// renewProfiles takes out what a new policy made untrue. Server.mu is held.
-func (s *Server) renewProfiles() {
+// renewProfiles takes out what a new policy made untrue, and returns whose
+// profiles these were. Server.mu is held.
+func (s *Server) renewProfiles() map[wire.UserID]bool {
+	changed := make(map[wire.UserID]bool)
 	for id, p := range s.profiles {
 		if !reflect.DeepEqual(s.newProfile(id), p) {
 			delete(s.profiles, id)
+			changed[id] = true
 		}
 	}
+	return changed
 }
 
 // expiredAt reports whether a key that expires at t (zero = never) has.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -106,14 +107,20 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 	}
 	n.Endpoints = endpoints
 	n.Cap = req.Version
+	rerouted := false
 	if req.Hostinfo != nil {
+		rerouted = n.Hostinfo == nil || !slices.Equal(n.Hostinfo.RoutableIPs, info.RoutableIPs)
 		n.Hostinfo = info
 		if ni := req.Hostinfo.NetInfo; ni != nil && ni.PreferredDERP > 0 && ni.PreferredDERP <= 65535 {
 			n.HomeDERP = ni.PreferredDERP
 		}
 	}
 	s.unsaved[n.ID] = struct{}{}
+	s.judge(n, req.MeshFlows)
 	s.changed(n)
+	if rerouted {
+		s.entitle(n)
+	}
 	id, rename := n.ID, !n.Named && info.Hostname != "" && label(info.Hostname) != n.Hostname
 	s.mu.Unlock()
 	if rename {
@@ -278,6 +285,9 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 	}
 	s.unsaved[n.ID] = struct{}{}
 	s.changed(n)
+	if n.advertises() {
+		s.entitle(n) // it routes again
+	}
 	return st, s.first(st), nil
 }
 

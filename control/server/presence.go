@@ -3,6 +3,7 @@ package server
 import (
 	"container/heap"
 	"context"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -106,7 +107,7 @@ func (s *Server) janitor() {
 		select {
 		case <-s.ctx.Done():
 			return
-		case <-s.kick:
+		case <-s.kick: // a deadline or a grant came that is the next one
 		case <-due.C:
 		case <-flush.C:
 			if err := s.flush(s.ctx); err != nil && s.ctx.Err() == nil {
@@ -134,6 +135,9 @@ func (s *Server) lookAtDue() time.Duration {
 		heap.Pop(&s.deadline)
 		if !n.offlineAt.IsZero() && !n.offlineAt.After(now) {
 			n.online, n.offlineAt = presenceOffline, time.Time{}
+			if n.advertises() {
+				s.entitle(n) // another router takes over
+			}
 		}
 		s.changed(n)
 		if !n.expired && expiredAt(n.Expires, now) {
@@ -153,7 +157,7 @@ func (s *Server) lookAtDue() time.Duration {
 	for _, id := range remove {
 		s.removeIdle(id)
 	}
-	return wait
+	return min(wait, s.endGrants(now))
 }
 
 // expireDue ends the membership of a node whose key has expired.
@@ -188,7 +192,32 @@ func (s *Server) expire(n *node) {
 // entitle has the policy look at what n is now, and tells those whom that
 // concerns. opMu and Server.mu are held.
 func (s *Server) entitle(n *node) {
-	s.affected(n.ID, s.policy.compiled.Upsert(s.policyNode(n)))
+	p := s.policyNode(n, s.policy.base)
+	routes := len(n.routed) > 0 || len(p.Routes) > 0
+	if !slices.Equal(n.routed, p.Routes) {
+		if n.routed = p.Routes; n.stream != nil {
+			n.stream.pending.self = true
+			n.stream.poke()
+		}
+	}
+	affected := s.policy.compiled.Upsert(p)
+	s.affected(n.ID, affected)
+	if routes {
+		s.rerouted(affected)
+	}
+	s.shadow.upsert(p)
+}
+
+// rerouted tells nodes to look at all their peers: a route may lead to another
+// of them now. Server.mu is held.
+func (s *Server) rerouted(ids []wire.NodeID) {
+	for _, id := range ids {
+		if n := s.nodes.byID[id]; n != nil && n.stream != nil {
+			n.stream.pending.all = true
+			n.stream.pending.self = n.stream.pending.self || len(n.routed) > 0
+			n.stream.poke()
+		}
+	}
 }
 
 // removeIdle removes an ephemeral node that is still silent.
@@ -221,6 +250,14 @@ func (s *Server) removeIdle(id wire.NodeID) {
 // remove forgets a node, in the store and everywhere. With bury its key stays
 // refused as removed by an administrator. opMu is held.
 func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury bool) error {
+	if err := s.removeNode(ctx, by, id, bury); err != nil {
+		return err
+	}
+	s.endGrantsOf(id)
+	return nil
+}
+
+func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury bool) error {
 	if err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, bury, s.cfg.Now()); err != nil {
 		return err
 	}
@@ -232,6 +269,7 @@ func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury boo
 	}
 	viewers := s.policy.compiled.Visible(id)
 	affected := s.policy.compiled.Remove(id)
+	s.shadow.remove(n)
 	s.nodes.remove(n)
 	s.deadline.drop(n)
 	delete(s.unsaved, id)
@@ -253,6 +291,9 @@ func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury boo
 		}
 	}
 	s.affected(id, affected)
+	if len(n.routed) > 0 {
+		s.rerouted(affected)
+	}
 	return nil
 }
 

@@ -116,6 +116,8 @@ type Server struct {
 	users    map[wire.UserID]store.User
 	profiles map[wire.UserID]*wire.UserProfile // of users, made when first asked for
 	policy   policyState
+	grants   map[int64]*grant // in force, by ID
+	shadow   shadowState
 	relays   relaySet
 	members  map[*subscriber]struct{}
 	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
@@ -145,6 +147,7 @@ func New(cfg Config) (*Server, error) {
 		store:    cfg.Store,
 		users:    make(map[wire.UserID]store.User),
 		profiles: make(map[wire.UserID]*wire.UserProfile),
+		grants:   make(map[int64]*grant),
 		members:  make(map[*subscriber]struct{}),
 		unsaved:  make(map[wire.NodeID]struct{}),
 		kick:     make(chan struct{}, 1),
@@ -175,6 +178,13 @@ func (s *Server) load(ctx context.Context) error {
 		return err
 	}
 	s.nodes.init(pool, last)
+	grants, err := s.store.Grants(ctx, false, 0)
+	if err != nil {
+		return err
+	}
+	for _, g := range grants {
+		s.grants[g.ID] = &grant{Grant: g}
+	}
 	users, err := s.store.Users(ctx)
 	if err != nil {
 		return err
@@ -202,7 +212,11 @@ func (s *Server) load(ctx context.Context) error {
 	if err := s.relays.load(ctx, s.store, s.cfg.DERPMap); err != nil {
 		return err
 	}
-	return s.loadPolicy(ctx)
+	if err := s.loadPolicy(ctx); err != nil {
+		return err
+	}
+	s.loadGrants()
+	return s.loadShadow(ctx)
 }
 
 // Key returns the public key that nodes may pin.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"net/netip"
 	"reflect"
 	"slices"
 	"time"
@@ -21,7 +22,8 @@ type stream struct {
 	pending pending // guarded by Server.mu
 
 	// Owned by the goroutine of the poll.
-	sent     map[wire.NodeID]*view // peers as the node knows them
+	sent     map[wire.NodeID]*view          // peers as the node knows them
+	routes   map[wire.NodeID][]netip.Prefix // behind them, as the node knows
 	profiles map[wire.UserID]*wire.UserProfile
 	caps     map[string][]json.RawMessage // of the node itself
 	filter   [sha256.Size]byte            // of the rules as encoded
@@ -37,6 +39,7 @@ type pending struct {
 	self   bool
 	filter bool
 	derp   bool
+	flows  bool // whether to report flows
 	ended  bool
 	code   wire.ErrorCode // why it ended, "" = replaced
 	last   *wire.Node     // with code: what the node is to think of itself, nil = as before
@@ -45,7 +48,7 @@ type pending struct {
 func newStream(id wire.NodeID, c *client) *stream {
 	return &stream{
 		id: id, client: c, wake: make(chan struct{}, 1),
-		sent: make(map[wire.NodeID]*view), profiles: make(map[wire.UserID]*wire.UserProfile),
+		sent: make(map[wire.NodeID]*view), routes: make(map[wire.NodeID][]netip.Prefix), profiles: make(map[wire.UserID]*wire.UserProfile),
 	}
 }
 
@@ -139,6 +142,7 @@ type news struct {
 	profiles []wire.UserProfile
 	rules    []wire.FilterRule // nil = not looked at
 	policy   int64
+	flows    *int
 	ended    bool
 	code     wire.ErrorCode
 }
@@ -168,6 +172,9 @@ func (s *Server) collect(st *stream) (n news) {
 		st.caps = n.self.CapMap
 		user(n.self.User)
 	}
+	if p.flows {
+		n.flows = s.shadow.interval()
+	}
 	if p.derp {
 		n.derp = s.relays.derpMap()
 	}
@@ -182,20 +189,30 @@ func (s *Server) collect(st *stream) (n news) {
 			return
 		}
 		had, v := st.sent[id], other.view
+		var routes []netip.Prefix
+		if len(other.routed) > 0 {
+			routes = s.policy.compiled.Routes(st.id, id)
+		}
+		same := slices.Equal(routes, st.routes[id])
 		switch {
-		case had == v:
+		case had == v && same:
 			return
-		case had != nil && v.prev == had && v.patch != nil:
+		case had != nil && v.prev == had && v.patch != nil && same:
 			n.patched = append(n.patched, v)
 		default:
-			n.whole = append(n.whole, v)
+			n.whole = append(n.whole, v.with(routes))
 		}
-		st.sent[id] = v
+		if st.sent[id] = v; len(routes) > 0 {
+			st.routes[id] = routes
+		} else {
+			delete(st.routes, id)
+		}
 		user(v.node.User)
 	}
 	gone := func(id wire.NodeID) {
 		if st.sent[id] != nil {
 			delete(st.sent, id)
+			delete(st.routes, id)
 			n.removed = append(n.removed, id)
 		}
 	}
@@ -267,6 +284,12 @@ func (st *stream) messages(n news) (out []*response, err error) {
 		}
 		out = append(out, m)
 	}
+	if n.flows != nil {
+		if len(out) == 0 {
+			out = append(out, new(response))
+		}
+		out[len(out)-1].MeshReportFlows = n.flows
+	}
 	if n.ended && n.code != "" {
 		end := new(response)
 		if n.code == wire.CodeNodeRevoked && len(out) > 0 {
@@ -300,6 +323,7 @@ func (st *stream) newFilter(rules []wire.FilterRule) (bool, error) {
 // finish encodes the rest without it.
 func (s *Server) first(st *stream) news {
 	st.pending.self, st.pending.derp, st.pending.filter, st.pending.all = true, true, true, true
+	st.pending.flows = s.shadow.compiled != nil
 	return s.collect(st)
 }
 
@@ -324,5 +348,6 @@ func (s *Server) firstMessage(st *stream, n news) (*response, error) {
 	m.CollectServices = &no
 	m.Debug = &wire.Debug{DisableLogTail: true}
 	m.MeshPolicy = n.policy
+	m.MeshReportFlows = n.flows
 	return m, nil
 }

@@ -141,7 +141,7 @@ func TestFullDiskAndReadOnly(t *testing.T) {
 	if _, err := s.db.Exec(fmt.Sprintf(`PRAGMA max_page_count = %d`, pages)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.SetPolicy(ctx, "test", strings.Repeat("x", 1<<20), -1, start); !errors.Is(err, ErrFull) {
+	if _, err := s.SetPolicy(ctx, "test", strings.Repeat("x", 1<<20), "", -1, start); !errors.Is(err, ErrFull) {
 		t.Errorf("full: %v, want ErrFull", err)
 	}
 	if _, err := s.Policy(ctx); !errors.Is(err, ErrNotFound) {

@@ -25,7 +25,42 @@ var migrations = []func(context.Context, *sql.Tx) error{
 		_, err := tx.ExecContext(ctx, schema2)
 		return err
 	},
+	func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, schema3)
+		return err
+	},
 }
+
+// schema3: approved routes, where policies come from, access for a time, and a
+// candidate beside the policy.
+const schema3 = `
+ALTER TABLE nodes ADD COLUMN routes TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE policies ADD COLUMN note TEXT NOT NULL DEFAULT '';
+
+CREATE TABLE grants (
+	id       INTEGER PRIMARY KEY AUTOINCREMENT,
+	src      TEXT NOT NULL,
+	dst      TEXT NOT NULL,
+	ip       TEXT NOT NULL,
+	asked    TEXT NOT NULL,
+	nodes    TEXT NOT NULL,
+	reason   TEXT NOT NULL,
+	author   TEXT NOT NULL,
+	created  INTEGER NOT NULL,
+	until    INTEGER NOT NULL,
+	ended    INTEGER NOT NULL DEFAULT 0,
+	ended_by TEXT NOT NULL DEFAULT '',
+	why      TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX grants_ended ON grants (ended);
+
+CREATE TABLE shadow (
+	id      INTEGER PRIMARY KEY CHECK (id = 1),
+	text    TEXT NOT NULL,
+	author  TEXT NOT NULL,
+	created INTEGER NOT NULL
+) STRICT;
+`
 
 // schema2: administrators name nodes, and keys say how long node keys live.
 const schema2 = `

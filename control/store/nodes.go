@@ -14,14 +14,14 @@ import (
 )
 
 const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, named, ipv4, ipv6,
-	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled`
+	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled, routes`
 
 func scanNode(scan func(...any) error) (n Node, err error) {
-	var tags, ipv4, ipv6, endpoints, hostinfo string
+	var tags, ipv4, ipv6, endpoints, hostinfo, routes string
 	var machine, key, disco []byte
 	var created, expires, seen int64
 	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &n.Named, &ipv4, &ipv6,
-		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled)
+		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled, &routes)
 	if err != nil {
 		return n, err
 	}
@@ -29,7 +29,7 @@ func scanNode(scan func(...any) error) (n Node, err error) {
 	var m, k, d [identity.KeyLen]byte
 	v4, err4 := netip.ParseAddr(ipv4)
 	v6, err6 := netip.ParseAddr(ipv6)
-	err = errors.Join(copyKey(&m, machine), copyKey(&k, key), err4, err6, decode(tags, &n.Tags), decode(endpoints, &n.Endpoints), decode(hostinfo, &n.Hostinfo))
+	err = errors.Join(copyKey(&m, machine), copyKey(&k, key), err4, err6, decode(tags, &n.Tags), decode(endpoints, &n.Endpoints), decode(hostinfo, &n.Hostinfo), decode(routes, &n.Routes))
 	if len(disco) > 0 {
 		err = errors.Join(err, copyKey(&d, disco))
 	}
@@ -38,6 +38,9 @@ func scanNode(scan func(...any) error) (n Node, err error) {
 	}
 	n.Machine, n.Key, n.Disco = identity.MachinePublicFrom(m), identity.NodePublicFrom(k), identity.DiscoPublicFrom(d)
 	n.IPv4, n.IPv6 = v4, v6
+	if len(n.Routes) == 0 {
+		n.Routes = nil
+	}
 	return n, nil
 }
 
@@ -258,6 +261,28 @@ func (s *SQLite) SetOwner(ctx context.Context, by string, id wire.NodeID, user w
 			return err
 		}
 		return note(ctx, tx, now, by, "node.tag", name, owner)
+	})
+}
+
+// ApproveRoutes implements Store.
+func (s *SQLite) ApproveRoutes(ctx context.Context, by string, id wire.NodeID, routes []netip.Prefix, now time.Time) error {
+	text, err := encodeList(routes)
+	if err != nil {
+		return err
+	}
+	return s.tx(ctx, fmt.Sprintf("approve routes of node %d", id), func(tx *sql.Tx) error {
+		var name string
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+			return err
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET routes = ? WHERE id = ?`, text, id); err != nil {
+			return err
+		}
+		detail := "none"
+		if len(routes) > 0 {
+			detail = strings.Trim(fmt.Sprint(routes), "[]")
+		}
+		return note(ctx, tx, now, by, "node.routes", name, detail)
 	})
 }
 

@@ -7,38 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"time"
-
-	"mesh/identity"
 )
-
-// ServerKey implements Store.
-func (s *SQLite) ServerKey(ctx context.Context) (identity.MachinePrivate, error) {
-	b, err := s.Secret(ctx, "server-key", nil)
-	if err != nil {
-		return identity.MachinePrivate{}, err
-	}
-	k, err := identity.ParseMachinePrivate(string(b))
-	if err != nil {
-		return k, fmt.Errorf("server key: %w: %w", ErrCorrupt, err)
-	}
-	return k, nil
-}
-
-// Secret implements Store. A nil fresh makes a missing secret ErrNotFound.
-func (s *SQLite) Secret(ctx context.Context, name string, fresh func() ([]byte, error)) (value []byte, err error) {
-	err = s.tx(ctx, "read secret "+name, func(tx *sql.Tx) error {
-		err := tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = ?`, name).Scan(&value)
-		if fresh == nil || !errors.Is(err, sql.ErrNoRows) {
-			return err
-		}
-		if value, err = fresh(); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES (?,?)`, name, value)
-		return err
-	})
-	return value, err
-}
 
 // Policy implements Store.
 func (s *SQLite) Policy(ctx context.Context) (Policy, error) {
@@ -51,15 +20,38 @@ func (s *SQLite) Policy(ctx context.Context) (Policy, error) {
 
 func newestPolicy(ctx context.Context, q rowQuerier) (p Policy, err error) {
 	var created int64
-	err = q.QueryRowContext(ctx, `SELECT version, text, author, created FROM policies ORDER BY version DESC LIMIT 1`).
-		Scan(&p.Version, &p.Text, &p.Author, &created)
+	err = q.QueryRowContext(ctx, `SELECT version, text, author, created, note FROM policies ORDER BY version DESC LIMIT 1`).
+		Scan(&p.Version, &p.Text, &p.Author, &created, &p.Note)
 	p.Created = unstamp(created)
 	return p, err
 }
 
+// PolicyVersion implements Store.
+func (s *SQLite) PolicyVersion(ctx context.Context, version int64) (p Policy, err error) {
+	var created int64
+	err = s.db.QueryRowContext(ctx, `SELECT version, text, author, created, note FROM policies WHERE version = ?`, version).
+		Scan(&p.Version, &p.Text, &p.Author, &created, &p.Note)
+	if err != nil {
+		return Policy{}, fmt.Errorf("policy version %d: %w", version, classify(err))
+	}
+	p.Created = unstamp(created)
+	return p, nil
+}
+
+// Policies implements Store.
+func (s *SQLite) Policies(ctx context.Context, limit int) ([]Policy, error) {
+	return query(ctx, s, "list policies", `SELECT version, author, created, note FROM policies ORDER BY version DESC LIMIT ?`,
+		func(r *sql.Rows) (p Policy, err error) {
+			var created int64
+			err = r.Scan(&p.Version, &p.Author, &created, &p.Note)
+			p.Created = unstamp(created)
+			return p, err
+		}, limit)
+}
+
 // SetPolicy implements Store.
-func (s *SQLite) SetPolicy(ctx context.Context, by, text string, expect int64, now time.Time) (Policy, error) {
-	p := Policy{Text: text, Author: by, Created: now}
+func (s *SQLite) SetPolicy(ctx context.Context, by, text, why string, expect int64, now time.Time) (Policy, error) {
+	p := Policy{Text: text, Author: by, Created: now, Note: why}
 	err := s.tx(ctx, "store policy", func(tx *sql.Tx) error {
 		old, err := newestPolicy(ctx, tx)
 		if err != nil && !errors.Is(err, sql.ErrNoRows) {
@@ -68,14 +60,14 @@ func (s *SQLite) SetPolicy(ctx context.Context, by, text string, expect int64, n
 		if expect >= 0 && old.Version != expect {
 			return fmt.Errorf("%w: the policy was changed meanwhile: its version is %d by now, not %d", ErrConflict, old.Version, expect)
 		}
-		r, err := tx.ExecContext(ctx, `INSERT INTO policies (text, author, created) VALUES (?,?,?)`, text, by, stamp(now))
+		r, err := tx.ExecContext(ctx, `INSERT INTO policies (text, author, created, note) VALUES (?,?,?,?)`, text, by, stamp(now), why)
 		if err != nil {
 			return err
 		}
 		if p.Version, err = r.LastInsertId(); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "policy.set", strconv.FormatInt(p.Version, 10), "")
+		return note(ctx, tx, now, by, "policy.set", strconv.FormatInt(p.Version, 10), why)
 	})
 	if err != nil {
 		return Policy{}, err
@@ -83,81 +75,34 @@ func (s *SQLite) SetPolicy(ctx context.Context, by, text string, expect int64, n
 	return p, nil
 }
 
-// PutRelay implements Store.
-func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
-	region, err := encode(r.Region)
+// Shadow implements Store.
+func (s *SQLite) Shadow(ctx context.Context) (p Policy, err error) {
+	var created int64
+	err = s.db.QueryRowContext(ctx, `SELECT text, author, created FROM shadow`).Scan(&p.Text, &p.Author, &created)
 	if err != nil {
-		return err
+		return Policy{}, fmt.Errorf("read shadow policy: %w", classify(err))
 	}
-	id := r.Region.RegionID
-	return s.tx(ctx, fmt.Sprintf("store relay %d", id), func(tx *sql.Tx) error {
-		var others int
-		err := tx.QueryRowContext(ctx, `SELECT count(*) FROM relays WHERE (region_id = ? OR node_key = ?) AND key_id <> ?`,
-			id, keyBytes(r.NodeKey), r.Key).Scan(&others)
-		if err != nil {
+	p.Created = unstamp(created)
+	return p, nil
+}
+
+// SetShadow implements Store.
+func (s *SQLite) SetShadow(ctx context.Context, by, text string, now time.Time) (Policy, error) {
+	p := Policy{Text: text, Author: by, Created: now}
+	err := s.tx(ctx, "store shadow policy", func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM shadow`); err != nil {
 			return err
 		}
-		if others > 0 {
-			return fmt.Errorf("%w: another relay, with another relay key, has region %d", ErrConflict, id)
+		if text == "" {
+			return note(ctx, tx, now, by, "policy.shadow.clear", "shadow", "")
 		}
-		// A relay that moved to another region leaves the former one.
-		if _, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE node_key = ? AND region_id <> ?`, keyBytes(r.NodeKey), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO shadow (id, text, author, created) VALUES (1,?,?,?)`, text, by, stamp(now)); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO relays (region_id, node_key, region, key_id, created) VALUES (?,?,?,?,?)
-			ON CONFLICT (region_id) DO UPDATE SET node_key = excluded.node_key, region = excluded.region`,
-			id, keyBytes(r.NodeKey), region, r.Key, stamp(r.Created))
-		if err != nil {
-			return err
-		}
-		return note(ctx, tx, now, fmt.Sprintf("key %d", r.Key), "relay.put", strconv.Itoa(id), "")
+		return note(ctx, tx, now, by, "policy.shadow.set", "shadow", "")
 	})
-}
-
-// Relays implements Store.
-func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
-	return query(ctx, s, "list relays", `SELECT node_key, region, key_id, created FROM relays ORDER BY region_id`, func(rows *sql.Rows) (r Relay, err error) {
-		var key []byte
-		var region string
-		var created int64
-		if err := rows.Scan(&key, &region, &r.Key, &created); err != nil {
-			return r, err
-		}
-		var k [identity.KeyLen]byte
-		if err := errors.Join(copyKey(&k, key), decode(region, &r.Region)); err != nil {
-			return r, err
-		}
-		r.NodeKey, r.Created = identity.NodePublicFrom(k), unstamp(created)
-		return r, nil
-	})
-}
-
-// RemoveRelay implements Store.
-func (s *SQLite) RemoveRelay(ctx context.Context, by string, region int, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("remove relay %d", region), func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE region_id = ?`, region)
-		if err != nil {
-			return err
-		}
-		if err := mustAffect(r); err != nil {
-			return err
-		}
-		return note(ctx, tx, now, by, "relay.remove", strconv.Itoa(region), "")
-	})
-}
-
-// Note implements Store.
-func (s *SQLite) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
-	return s.tx(ctx, "record "+action, func(tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
-}
-
-// Audit implements Store.
-func (s *SQLite) Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error) {
-	return query(ctx, s, "read audit", `SELECT id, at, actor, action, object, detail FROM audit WHERE at >= ? ORDER BY id LIMIT ?`,
-		func(r *sql.Rows) (a AuditEntry, err error) {
-			var at int64
-			err = r.Scan(&a.ID, &at, &a.Actor, &a.Action, &a.Object, &a.Detail)
-			a.At = unstamp(at)
-			return a, err
-		}, stamp(since), limit)
+	if err != nil {
+		return Policy{}, err
+	}
+	return p, nil
 }

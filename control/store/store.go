@@ -100,6 +100,9 @@ type Node struct {
 	Created   time.Time
 	Expires   time.Time // of the node key, zero = never
 	AuthKey   int64     // Key.ID it enrolled with, 0 = an administrator admitted it
+	// Routes are those that an administrator approved, whether the node
+	// advertises them or not.
+	Routes []netip.Prefix
 
 	NodeState
 }
@@ -130,6 +133,26 @@ type Policy struct {
 	Text    string
 	Author  string
 	Created time.Time
+	Note    string // where it comes from, such as "rollback to version 3", or ""
+}
+
+// Grant is access that an administrator gave for a time, beside the policy.
+type Grant struct {
+	ID       int64
+	Src, Dst []string // selectors of the policy language
+	IP       []string // "tcp:22"
+	// Asked is what the administrator wrote: sources, destinations, ports.
+	Asked [3][]string
+	// Nodes are those that Src and Dst name by address: the grant ends with
+	// any of them.
+	Nodes   []wire.NodeID
+	Reason  string
+	Author  string
+	Created time.Time
+	Until   time.Time
+	Ended   time.Time // zero = not yet
+	EndedBy string
+	Why     string // it ended: "revoked", "over", …
 }
 
 // Relay is a relay process that announced itself.
@@ -200,6 +223,8 @@ type Store interface {
 	// SetOwner gives a node to a user, or to tags (user 0), and sets the expiry
 	// of its key.
 	SetOwner(ctx context.Context, by string, id wire.NodeID, user wire.UserID, tags []string, expires, now time.Time) error
+	// ApproveRoutes sets the routes of a node that an administrator approved.
+	ApproveRoutes(ctx context.Context, by string, id wire.NodeID, routes []netip.Prefix, now time.Time) error
 	// RemoveNode forgets a node. With bury its key stays known as removed by an
 	// administrator.
 	RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error
@@ -215,7 +240,27 @@ type Store interface {
 	Policy(ctx context.Context) (Policy, error)
 	// SetPolicy stores the next version. expect is the version it replaces
 	// (ErrConflict if another is the newest by now), or -1 for any.
-	SetPolicy(ctx context.Context, by, text string, expect int64, now time.Time) (Policy, error)
+	SetPolicy(ctx context.Context, by, text, note string, expect int64, now time.Time) (Policy, error)
+	// PolicyVersion returns one version. ErrNotFound: there is none such.
+	PolicyVersion(ctx context.Context, version int64) (Policy, error)
+	// Policies returns the newest versions without their texts, newest first,
+	// limit at most.
+	Policies(ctx context.Context, limit int) ([]Policy, error)
+
+	// AddGrant stores a grant, whose ID, Ended, EndedBy and Why are ignored.
+	AddGrant(ctx context.Context, g Grant, now time.Time) (Grant, error)
+	// Grants returns the grants that have not ended, oldest first; with ended
+	// the newest of those too, limit at most.
+	Grants(ctx context.Context, ended bool, limit int) ([]Grant, error)
+	// EndGrant ends a grant. ErrNotFound: there is none such. ErrConflict: it
+	// had ended already.
+	EndGrant(ctx context.Context, by string, id int64, why string, now time.Time) (Grant, error)
+
+	// Shadow returns the candidate beside the policy, without a version.
+	// ErrNotFound: there is none.
+	Shadow(ctx context.Context) (Policy, error)
+	// SetShadow puts a candidate beside the policy; "" takes it away.
+	SetShadow(ctx context.Context, by, text string, now time.Time) (Policy, error)
 
 	// PutRelay stores a relay under its region. ErrConflict: the region or the
 	// relay's key belongs to a relay that came with another relay key.

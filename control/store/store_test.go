@@ -98,7 +98,7 @@ func TestEverythingSurvivesReopening(t *testing.T) {
 		HomeDERP:  900, Hostinfo: &wire.Hostinfo{OS: "linux", Hostname: "agent"}, Cap: 131, LastSeen: start, Polled: true,
 	}
 	n = must[Node](t)(s.RegisterNode(ctx, text, n, start))
-	p := must[Policy](t)(s.SetPolicy(ctx, "alice", "{}", 0, start))
+	p := must[Policy](t)(s.SetPolicy(ctx, "alice", "{}", "", 0, start))
 	rk, _ := newKey(t, s, Key{Kind: KeyRelay, Reusable: true})
 	relay := Relay{NodeKey: identity.NewNode().Public(), Region: &wire.DERPRegion{RegionID: 901, Nodes: []*wire.DERPNode{{Name: "901a"}}}, Key: rk.ID, Created: start}
 	if err := s.PutRelay(ctx, relay, start); err != nil {
@@ -353,11 +353,11 @@ func TestUsersAndPolicies(t *testing.T) {
 		t.Errorf("no policy: %v, want ErrNotFound", err)
 	}
 	for i, expect := range []int64{0, 1, -1} {
-		if p := must[Policy](t)(s.SetPolicy(ctx, "alice", "{}", expect, start)); p.Version != int64(i+1) {
+		if p := must[Policy](t)(s.SetPolicy(ctx, "alice", "{}", "", expect, start)); p.Version != int64(i+1) {
 			t.Errorf("version %d, want %d", p.Version, i+1)
 		}
 	}
-	if _, err := s.SetPolicy(ctx, "alice", "{}", 1, start); !errors.Is(err, ErrConflict) {
+	if _, err := s.SetPolicy(ctx, "alice", "{}", "", 1, start); !errors.Is(err, ErrConflict) {
 		t.Errorf("stale write: %v, want ErrConflict", err)
 	}
 }

@@ -44,6 +44,23 @@ type MapRequest struct {
 	// MeshApplied reports the policy version of the newest netmap the node
 	// has in force.
 	MeshApplied int64 `json:",omitzero"`
+	// MeshFlows are connection attempts that the node judged since its last
+	// report: only in lite updates, and only if the server asked for them.
+	MeshFlows []Flow `json:",omitempty"`
+}
+
+// MaxFlows is how many flows one MapRequest may report. More are ignored.
+const MaxFlows = 256
+
+// Flow are attempts of one address to reach a port of another, as the packet
+// filter of the receiver judged them.
+type Flow struct {
+	Src     netip.Addr
+	Dst     netip.Addr
+	Proto   int    // IP protocol
+	Port    uint16 `json:",omitzero"` // of Dst
+	Allowed int64  `json:",omitzero"` // how many were let in
+	Denied  int64  `json:",omitzero"` // how many were not
 }
 
 // Node is a node as its peers and itself see it.
@@ -134,6 +151,9 @@ type MapResponse struct {
 	// MeshCode ends the stream for a reason that the node should act on, such
 	// as CodeNodeRevoked.
 	MeshCode ErrorCode `json:",omitempty"`
+	// MeshReportFlows asks the node to report connection attempts, at most
+	// every so many seconds; 0 ends that, nil leaves it as it is.
+	MeshReportFlows *int `json:",omitempty"`
 }
 
 // PingRequest asks the receiver to show that it lives, or to ping another node.

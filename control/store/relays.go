@@ -1,0 +1,120 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"mesh/identity"
+)
+
+// ServerKey implements Store.
+func (s *SQLite) ServerKey(ctx context.Context) (identity.MachinePrivate, error) {
+	b, err := s.Secret(ctx, "server-key", nil)
+	if err != nil {
+		return identity.MachinePrivate{}, err
+	}
+	k, err := identity.ParseMachinePrivate(string(b))
+	if err != nil {
+		return k, fmt.Errorf("server key: %w: %w", ErrCorrupt, err)
+	}
+	return k, nil
+}
+
+// Secret implements Store. A nil fresh makes a missing secret ErrNotFound.
+func (s *SQLite) Secret(ctx context.Context, name string, fresh func() ([]byte, error)) (value []byte, err error) {
+	err = s.tx(ctx, "read secret "+name, func(tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = ?`, name).Scan(&value)
+		if fresh == nil || !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		if value, err = fresh(); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES (?,?)`, name, value)
+		return err
+	})
+	return value, err
+}
+
+// PutRelay implements Store.
+func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
+	region, err := encode(r.Region)
+	if err != nil {
+		return err
+	}
+	id := r.Region.RegionID
+	return s.tx(ctx, fmt.Sprintf("store relay %d", id), func(tx *sql.Tx) error {
+		var others int
+		err := tx.QueryRowContext(ctx, `SELECT count(*) FROM relays WHERE (region_id = ? OR node_key = ?) AND key_id <> ?`,
+			id, keyBytes(r.NodeKey), r.Key).Scan(&others)
+		if err != nil {
+			return err
+		}
+		if others > 0 {
+			return fmt.Errorf("%w: another relay, with another relay key, has region %d", ErrConflict, id)
+		}
+		// A relay that moved to another region leaves the former one.
+		if _, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE node_key = ? AND region_id <> ?`, keyBytes(r.NodeKey), id); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `INSERT INTO relays (region_id, node_key, region, key_id, created) VALUES (?,?,?,?,?)
+			ON CONFLICT (region_id) DO UPDATE SET node_key = excluded.node_key, region = excluded.region`,
+			id, keyBytes(r.NodeKey), region, r.Key, stamp(r.Created))
+		if err != nil {
+			return err
+		}
+		return note(ctx, tx, now, fmt.Sprintf("key %d", r.Key), "relay.put", strconv.Itoa(id), "")
+	})
+}
+
+// Relays implements Store.
+func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
+	return query(ctx, s, "list relays", `SELECT node_key, region, key_id, created FROM relays ORDER BY region_id`, func(rows *sql.Rows) (r Relay, err error) {
+		var key []byte
+		var region string
+		var created int64
+		if err := rows.Scan(&key, &region, &r.Key, &created); err != nil {
+			return r, err
+		}
+		var k [identity.KeyLen]byte
+		if err := errors.Join(copyKey(&k, key), decode(region, &r.Region)); err != nil {
+			return r, err
+		}
+		r.NodeKey, r.Created = identity.NodePublicFrom(k), unstamp(created)
+		return r, nil
+	})
+}
+
+// RemoveRelay implements Store.
+func (s *SQLite) RemoveRelay(ctx context.Context, by string, region int, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("remove relay %d", region), func(tx *sql.Tx) error {
+		r, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE region_id = ?`, region)
+		if err != nil {
+			return err
+		}
+		if err := mustAffect(r); err != nil {
+			return err
+		}
+		return note(ctx, tx, now, by, "relay.remove", strconv.Itoa(region), "")
+	})
+}
+
+// Note implements Store.
+func (s *SQLite) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
+	return s.tx(ctx, "record "+action, func(tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
+}
+
+// Audit implements Store.
+func (s *SQLite) Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error) {
+	return query(ctx, s, "read audit", `SELECT id, at, actor, action, object, detail FROM audit WHERE at >= ? ORDER BY id LIMIT ?`,
+		func(r *sql.Rows) (a AuditEntry, err error) {
+			var at int64
+			err = r.Scan(&a.ID, &at, &a.Actor, &a.Action, &a.Object, &a.Detail)
+			a.At = unstamp(at)
+			return a, err
+		}, stamp(since), limit)
+}
