@@ -97,6 +97,14 @@ func (e *Engine) Apply(m *netmap.Map, d netmap.Delta) error {
 	e.endDials(old, m, cut)
 	e.tunnel.Update(keys)
 	e.path.Update(keys)
+	for _, c := range d.Changed {
+		// Another disco key is another process, which has none of the
+		// sessions of the one before. Ours say so when they hear from us;
+		// stock nodes do not.
+		if c.Old.Key == c.New.Key && c.Old.DiscoKey != c.New.DiscoKey && !c.Old.DiscoKey.IsZero() {
+			e.tunnel.Renew(c.New.Key)
+		}
+	}
 	if d.Full || d.Relays {
 		e.path.SetRelays(m.DERPMap())
 	}
