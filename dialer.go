@@ -23,6 +23,10 @@ const (
 	// offlineTimeout bounds a Dial to a peer that the control server believes
 	// to be offline: long enough to find out that it is wrong.
 	offlineTimeout = 3 * time.Second
+	// unknownTimeout is how long a Dial waits for the map of a name that is not
+	// known: of nodes that come up together each may be up before the other has
+	// heard of it.
+	unknownTimeout = 300 * time.Millisecond
 )
 
 // Dial connects to a peer. network is "tcp", "udp" or one of these with "4" or
@@ -31,7 +35,8 @@ const (
 // at most.
 //
 // Only the mesh is ever dialled: a name or address that no visible peer has is
-// ErrUnknownHost. A refusal by the peer's policy is ErrDenied; for "udp" it
+// ErrUnknownHost, after 300 ms in which the news of a peer that has just come up
+// may arrive. A refusal by the peer's policy is ErrDenied; for "udp" it
 // comes from a later Read or Write. A port that nobody listens on is
 // syscall.ECONNREFUSED, a peer that is away ErrPeerOffline, one whose key has
 // expired ErrRevoked. The connection is a *Conn; when the permission for it is
@@ -76,8 +81,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := s.Engine().Map()
-	peer, addrs, err := resolve(m, host, family)
+	m, peer, addrs, err := lookUp(ctx, s, host, family)
 	if err != nil {
 		return nil, err
 	}
@@ -96,29 +100,71 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 		}
 		return dialled(s, c, id)
 	}
-	outer := ctx
-	offline := peer != nil && peer.Online != nil && !*peer.Online
-	if offline {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, offlineTimeout)
-		defer cancel()
+	within, gaveUp := ctx, func() bool { return false }
+	if peer != nil && peer.Online != nil && !*peer.Online {
+		within, gaveUp = s.UnlessOffline(ctx, peer.ID, offlineTimeout)
 	}
-	c, err := s.Stack().DialTCP(ctx, netip.Addr{}, remote)
+	c, err := s.Stack().DialTCP(within, netip.Addr{}, remote)
+	offline := gaveUp()
 	if err == nil {
 		return dialled(s, c, id)
 	}
 	err = s.Refine(inner(err))
 	switch {
-	case timedOut(err) && offline:
-		seen := time.Time{}
-		if peer.LastSeen != nil {
-			seen = *peer.LastSeen
-		}
-		return nil, &PeerOfflineError{Peer: id, LastSeen: seen}
-	case timedOut(err) && peer != nil && outer.Err() != context.Canceled:
+	case offline && (timedOut(err) || errors.Is(err, context.Canceled)):
+		return nil, offlineError(id, peer)
+	case timedOut(err) && peer != nil && ctx.Err() != context.Canceled:
 		return nil, fmt.Errorf("no answer from %s, last tried %s: %w", id.Name, s.DescribePath(id.Key), err)
 	}
 	return nil, err
+}
+
+// Ping asks a peer, by its short name, full name or mesh address, for an answer by
+// every way to it, and calls answer for each that comes: the fastest first, the
+// way by the relay and each address at most once. It counts as traffic, so that a
+// direct path is looked for: ping again to see it. It returns when all have
+// answered, or a moment after the first answer; without one after five seconds,
+// or when ctx ends. answer is called from this goroutine.
+//
+// It asks the nodes as such and no program on them, so no policy is in the way of
+// an answer: who may see a peer may ping it. A name or address that no visible
+// peer has is ErrUnknownHost, a peer that does not answer ErrPeerOffline if the
+// control server says so, too, and else an error with a Timeout method.
+func (n *Node) Ping(ctx context.Context, host string, answer func(Pong)) error {
+	if err := n.ping(ctx, host, answer); err != nil {
+		return fmt.Errorf("mesh: ping %s: %w", host, err)
+	}
+	return nil
+}
+
+func (n *Node) ping(ctx context.Context, host string, answer func(Pong)) error {
+	s, err := n.running(ctx, (*session.Session).Wait)
+	if err != nil {
+		return err
+	}
+	m, peer, _, err := lookUp(ctx, s, host, "")
+	switch {
+	case err != nil:
+		return err
+	case peer == nil:
+		return errors.New("that is this node itself")
+	}
+	id := m.Identity(peer)
+	if peer.Expired {
+		return &RevokedError{Peer: id, Reason: "its key expired"}
+	}
+	err = s.Ping(ctx, id, answer)
+	switch {
+	case err == nil:
+		return nil
+	case s.Err() != nil:
+		return s.Err()
+	case !timedOut(err):
+		return err
+	case ctx.Err() == nil && peer.Online != nil && !*peer.Online:
+		return offlineError(id, peer)
+	}
+	return timeoutError{err}
 }
 
 // dialled makes a Conn of c, which was dialled as the address of want. The
@@ -130,7 +176,7 @@ func dialled(s *session.Session, c stackConn, want identity.Peer) (*Conn, error)
 		c.Close()
 		return nil, &RevokedError{Peer: want, Reason: "it left the mesh or changed its address during the dial"}
 	}
-	return &Conn{stackConn: c, peer: now}, nil
+	return &Conn{stackConn: c, peer: now, s: s}, nil
 }
 
 func timedOut(err error) bool {
@@ -153,6 +199,16 @@ func inner(err error) error {
 		return op.Err
 	}
 	return err
+}
+
+// lookUp is resolve in the map in force, waiting a moment for the next one if that
+// may be the first to know of host.
+func lookUp(ctx context.Context, s *session.Session, host, family string) (m *netmap.Map, peer *netmap.Peer, a netip.Addr, err error) {
+	m = s.AwaitMap(ctx, unknownTimeout, func(m *netmap.Map) bool {
+		peer, a, err = resolve(m, host, family)
+		return !errors.Is(err, ErrUnknownHost)
+	})
+	return m, peer, a, err
 }
 
 // resolve finds the peer that host means and its address of the family ("4",
@@ -246,6 +302,14 @@ func (e *PeerOfflineError) Error() string {
 		return e.Peer.Name + " is offline"
 	}
 	return fmt.Sprintf("%s is offline, last seen %s", e.Peer.Name, e.LastSeen.UTC().Format(time.RFC3339))
+}
+
+func offlineError(id identity.Peer, p *netmap.Peer) error {
+	e := &PeerOfflineError{Peer: id}
+	if p.LastSeen != nil {
+		e.LastSeen = *p.LastSeen
+	}
+	return e
 }
 
 // Is makes errors.Is(err, ErrPeerOffline) true.

@@ -24,6 +24,7 @@ type stackConn interface {
 type Conn struct {
 	stackConn
 	peer identity.Peer
+	s    *session.Session
 }
 
 // Peer returns the proven identity of the other end, as it was when the
@@ -31,6 +32,11 @@ type Conn struct {
 // admitted it; the connection ends with ErrRevoked when that rule goes or the
 // peer is no longer who it was.
 func (c *Conn) Peer() identity.Peer { return c.peer }
+
+// Path tells how the connection's packets travel now: all connections between two
+// nodes share the path, which may become a better one at any time. It is the zero
+// Path for a connection of a node with itself.
+func (c *Conn) Path() Path { return c.s.PathTo(c.peer.Key) }
 
 // CloseWrite ends the outgoing half of a TCP connection; the peer reads EOF.
 // It fails with errors.ErrUnsupported for UDP.
@@ -140,7 +146,7 @@ func (l *listener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if peer, ok := l.s.Origin(c.Flow()); ok {
-			return &Conn{stackConn: c, peer: peer}, nil
+			return &Conn{stackConn: c, peer: peer, s: l.s}, nil
 		}
 		// The peer was removed between handshake and Accept.
 		c.Close()

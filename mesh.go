@@ -95,8 +95,20 @@ type Node struct {
 
 	// RelayOnly keeps all traffic on relays: no UDP to peers.
 	RelayOnly bool
+	// NoPortMapping keeps the node from asking the gateway of the local network
+	// to forward its UDP port. It does so where it is behind a NAT, by PCP,
+	// NAT-PMP or UPnP, so that peers find a direct path; what comes in by that
+	// port is nothing but ciphertext of peers. Nothing is asked with RelayOnly or
+	// with a ListenUDP.
+	NoPortMapping bool
+	// Endpoints are addresses at which the node's UDP port can be reached
+	// besides those that it finds by itself, such as a forwarding set up by
+	// hand. Set Port with them.
+	Endpoints []netip.AddrPort
 	// ListenUDP and DialTCP obtain the host's sockets, to mark or bind them;
-	// nil is package net. They carry ciphertext and control traffic only.
+	// nil is package net. They carry ciphertext, control traffic and questions
+	// about the network (STUN, port mapping). Names of servers are looked up by
+	// DialTCP, and those of relays for STUN by the host's resolver.
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
 
@@ -123,6 +135,8 @@ func (n *Node) configure() (session.Config, error) {
 		Tags:       n.Tags,
 		Port:       n.Port,
 		RelayOnly:  n.RelayOnly,
+		NoMapping:  n.NoPortMapping,
+		Endpoints:  n.Endpoints,
 		ListenUDP:  n.ListenUDP,
 		DialTCP:    n.DialTCP,
 		Logger:     n.Logger,
@@ -330,6 +344,13 @@ type Status = session.Status
 
 // PeerStatus describes a peer that this node may see.
 type PeerStatus = session.PeerStatus
+
+// Path tells how packets to a peer travel at one moment: directly, by a relay, or
+// not at all since there was no traffic lately.
+type Path = session.Path
+
+// Pong is a peer's answer to Ping by one path.
+type Pong = session.Pong
 
 // Status returns what the node knows now. It starts nothing.
 func (n *Node) Status() *Status {

@@ -39,13 +39,17 @@ type command struct {
 // commands lists all, in the order of the help text.
 func commands() []*command {
 	return []*command{
-		serveCommand, relayCommand, statusCommand, netcheckCommand,
+		serveCommand, relayCommand, statusCommand, pingCommand, netcheckCommand,
 		keyCreate, keyList, keyRevoke,
 		userCreate, userList, userRemove,
 		nodeList, nodeShow, nodeRename, nodeTag, nodeExpire, nodeRemove,
 		nodePending, nodeApprove, nodeReject,
-		policyGet, policySet, policyCheck,
+		nodeRoutes,
+		policyGet, policySet, policyCheck, policyCompile, policyExplain, policyDiff, policyHistory, policyRollback, policyTopology,
+		shadowSet, shadowGet, shadowReport, shadowClear,
+		grantAdd, grantList, grantRevoke,
 		relayList, relayRemove,
+		auditCommand,
 	}
 }
 
@@ -153,10 +157,11 @@ func isHelpFlag(s string) bool { return s == "-h" || s == "-help" || s == "--hel
 
 // find returns the command that args begin with, and what follows its name.
 func find(args []string) (*command, []string) {
-	if len(args) > 1 {
+	for n := min(len(args), 3); n > 1; n-- {
+		name := strings.Join(args[:n], " ")
 		for _, cmd := range commands() {
-			if cmd.name == args[0]+" "+args[1] {
-				return cmd, args[2:]
+			if cmd.name == name {
+				return cmd, args[n:]
 			}
 		}
 	}

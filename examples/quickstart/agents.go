@@ -235,11 +235,11 @@ func (a *agent) pathTo(addr string) string {
 		if p.ShortName() != host {
 			continue
 		}
-		switch p.Path {
+		switch p.Path.Kind {
 		case "direct":
-			return "direct by UDP " + p.Endpoint.String()
+			return "direct by UDP " + p.Path.Endpoint.String()
 		case "relay":
-			return fmt.Sprintf("relayed by region %d", p.Relay)
+			return fmt.Sprintf("relayed by region %d", p.Path.Relay)
 		}
 	}
 	return ""

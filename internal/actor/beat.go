@@ -43,7 +43,7 @@ func (a *agent) beat(b Beat) (any, error) {
 	path := func() string {
 		for _, p := range a.node.Status().Peers {
 			if p.ID == peer.ID {
-				return p.Path
+				return p.Path.Kind
 			}
 		}
 		return ""

@@ -79,7 +79,7 @@ func awaitPath(t *testing.T, from, to *mesh.Node, path string) {
 func pathTo(from, to *mesh.Node) string {
 	for _, p := range from.Status().Peers {
 		if p.Key == to.Status().Self.Key {
-			return p.Path
+			return p.Path.Kind
 		}
 	}
 	return "unknown peer"

@@ -91,7 +91,7 @@ func pathIn(from *actor.Process, to string) string {
 	from.T().Helper()
 	for _, p := range status(from).Peers {
 		if p.ShortName() == to {
-			return p.Path
+			return p.Path.Kind
 		}
 	}
 	return "unknown peer"

@@ -53,6 +53,11 @@ type Config struct {
 	Port uint16
 	// RelayOnly keeps all traffic on relays.
 	RelayOnly bool
+	// PortMapping asks the gateway of the local network for a port mapping once
+	// it turns out that the node is behind a NAT.
+	PortMapping bool
+	// Endpoints are addresses of this node that the user knows of.
+	Endpoints []netip.AddrPort
 	// LoopbackEndpoints also advertises loopback addresses to peers.
 	LoopbackEndpoints bool
 	// ListenUDP and DialTCP obtain sockets; nil is the host's network.
@@ -71,6 +76,7 @@ type Engine struct {
 	link   Link
 	log    *zap.Logger
 	path   *path.Path
+	mapper *mapper
 	tunnel *tunnel.Tunnel
 	filter *filter.Filter
 
@@ -113,6 +119,7 @@ func New(c Config) (*Engine, error) {
 	e.scratch.New = func() any { s := make([][]byte, 0, 64); return &s }
 	e.current.Store(new(netmap.Map))
 
+	e.mapper = newMapper(c)
 	started := make(chan struct{})
 	defer close(started)
 	var err error
@@ -141,7 +148,10 @@ func New(c Config) (*Engine, error) {
 			<-started // so that whatever answers finds e.path
 			e.tunnel.Receive(tunnel.Source(src), datagrams)
 		},
-		Report:            c.Report,
+		Report: func(r path.Report) {
+			<-started
+			e.mapper.report(r)
+		},
 		ListenUDP:         c.ListenUDP,
 		DialTCP:           c.DialTCP,
 		RelayOnly:         c.RelayOnly,
@@ -152,6 +162,7 @@ func New(c Config) (*Engine, error) {
 		e.tunnel.Close()
 		return nil, fmt.Errorf("open sockets: %w", err)
 	}
+	e.mapper.begin(e.path)
 	return e, nil
 }
 
@@ -160,6 +171,7 @@ func New(c Config) (*Engine, error) {
 func (e *Engine) Close() error {
 	e.closing.Do(func() {
 		err := e.tunnel.Close()
+		e.mapper.close() // releases the port while its socket is still ours
 		e.closeErr = errors.Join(err, e.path.Close())
 	})
 	return e.closeErr
@@ -180,6 +192,12 @@ func (e *Engine) HomeRegion() int { return e.path.HomeRegion() }
 
 // PathTo tells how packets to a peer travel at present.
 func (e *Engine) PathTo(peer identity.NodePublic) path.PeerStatus { return e.path.Status(peer) }
+
+// Ping asks a peer by relay and at every address it may have, and hands each
+// answer to the function: see path.Ping.
+func (e *Engine) Ping(ctx context.Context, peer identity.NodePublic, answer func(path.Pong)) error {
+	return e.path.Ping(ctx, peer, answer)
+}
 
 // Admitted tells which peer began an inbound flow and the rule that let it in,
 // with the snapshot that both are of. It reports false when there is no such

@@ -134,7 +134,7 @@ func (a *agent) knows(label string) bool {
 
 func (a *agent) pathTo(other member) string {
 	p, _ := a.peer(other.label())
-	return p.Path
+	return p.Path.Kind
 }
 
 func (a *agent) fetch(url string, post int64) (r httpResult, err error) {

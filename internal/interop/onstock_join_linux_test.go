@@ -114,7 +114,7 @@ func TestOnStockTalk(t *testing.T) {
 				for _, key := range []string{laptopKey, to.Status().Self.Key.String()} {
 					meshtest.Until(t, want+" path from "+from.Hostname, func() bool {
 						askUDP(t, from, netip.AddrPortFrom(path(from, key).Addresses[0], 9).String())
-						return path(from, key).Path == want
+						return path(from, key).Path.Kind == want
 					})
 				}
 			}

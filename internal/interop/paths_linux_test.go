@@ -115,7 +115,7 @@ func TestMixedPathFamilies(t *testing.T) {
 				talk(t, ours, laptop, true)
 				p, _ := ours.peer("laptop")
 				r, err := laptop.ping(ours.at(false), "disco")
-				return strings.HasPrefix(p.Endpoint.String(), want) && err == nil && strings.HasPrefix(r.Endpoint, want)
+				return strings.HasPrefix(p.Path.Endpoint.String(), want) && err == nil && strings.HasPrefix(r.Endpoint, want)
 			})
 		})
 	}

@@ -111,7 +111,7 @@ func pathOf(from *actor.Process, to string) string {
 	from.Must("status", nil, &st)
 	for _, p := range st.Peers {
 		if p.ShortName() == to {
-			return p.Path
+			return p.Path.Kind
 		}
 	}
 	return "unknown peer"

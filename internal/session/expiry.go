@@ -33,6 +33,7 @@ func (s *Session) apply(told *netmap.Map, d netmap.Delta) bool {
 		s.log.Warn("netmap applied in part", zap.Error(err))
 	}
 	s.maps = appliedMaps{told, m}
+	s.tellMap()
 	select {
 	case s.mapped <- struct{}{}:
 	default:

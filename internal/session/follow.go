@@ -14,7 +14,6 @@ import (
 
 	"mesh/control"
 	"mesh/control/wire"
-	"mesh/identity"
 	"mesh/internal/backoff"
 	"mesh/internal/engine"
 	"mesh/internal/netmap"
@@ -217,6 +216,8 @@ func (s *Session) startEngine(e *enrolment) error {
 		Link:              link{s.stack},
 		Port:              s.cfg.Port,
 		RelayOnly:         s.cfg.RelayOnly,
+		PortMapping:       !s.cfg.NoMapping && !s.cfg.RelayOnly && s.cfg.ListenUDP == nil,
+		Endpoints:         s.cfg.Endpoints,
 		LoopbackEndpoints: e.client.Local(),
 		ListenUDP:         s.cfg.ListenUDP,
 		DialTCP:           s.cfg.DialTCP,
@@ -291,7 +292,9 @@ func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.
 			}
 			onMap()
 		},
-		OnState: func(err error) { s.setTrouble(err) },
+		OnState:   func(err error) { s.setTrouble(err) },
+		NoteFlows: func(on bool) { s.engine.Load().NoteFlows(on) },
+		Flows:     func() []wire.Flow { return s.engine.Load().Flows() },
 	})
 	tell := func() { cs.SetHostState(s.hostState(e)) }
 	s.mu.Lock()
@@ -333,18 +336,4 @@ func (s *Session) settle(e *enrolment) {
 	if err != nil {
 		s.log.Info("control has not heard of this node's endpoints yet", zap.Error(err))
 	}
-}
-
-// peerPath tells how packets to a peer travel.
-func (s *Session) peerPath(key identity.NodePublic) PeerStatus {
-	st := s.engine.Load().PathTo(key)
-	var p PeerStatus
-	switch {
-	case st.Direct.IsValid() && (st.Trusted || !st.Active || st.Region == 0):
-		// One that traffic goes by beside the relay, as it may be dead, is none.
-		p.Path, p.Endpoint, p.Latency = "direct", st.Direct, st.Latency
-	case st.Region != 0:
-		p.Path, p.Relay = "relay", st.Region
-	}
-	return p
 }

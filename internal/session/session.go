@@ -36,6 +36,8 @@ type Config struct {
 	Tags      []string
 	Port      uint16
 	RelayOnly bool
+	NoMapping bool             // ask no gateway for a port mapping
+	Endpoints []netip.AddrPort // that the user knows of
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
 	Logger    *zap.Logger
@@ -79,6 +81,7 @@ type Session struct {
 	loginTold error         // the last login that WaitLogin returned
 	barred    error         // why a node that was up may not be used for now; nil if it may
 	turned    chan struct{} // closed and replaced when login or barred change
+	another   chan struct{} // closed and replaced when another map is in force
 }
 
 // Start begins a session. It never fails: Ended and Err tell how it went.
@@ -91,6 +94,7 @@ func Start(cfg Config) *Session {
 		finished: make(chan struct{}),
 		mapped:   make(chan struct{}, 1),
 		turned:   make(chan struct{}),
+		another:  make(chan struct{}),
 		disco:    identity.NewDisco(),
 	}
 	if s.log == nil {

@@ -2,7 +2,6 @@ package session
 
 import (
 	"cmp"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -64,21 +63,6 @@ func (s *Session) Refine(err error) error {
 	return err
 }
 
-// DescribePath says how packets to a peer were last sent, for error texts.
-func (s *Session) DescribePath(peer identity.NodePublic) string {
-	p := s.peerPath(peer)
-	switch p.Path {
-	case "direct":
-		return "directly at " + p.Endpoint.String()
-	case "relay":
-		return fmt.Sprintf("by relay %d", p.Relay)
-	}
-	if t := s.Trouble(); t != nil {
-		return fmt.Sprintf("by no path (%v)", t)
-	}
-	return "by no path"
-}
-
 // Status describes a node at one moment. It holds no secret.
 type Status struct {
 	Running bool          // the node is up
@@ -113,12 +97,7 @@ type PeerStatus struct {
 	Online   bool      // as the control server believes
 	Expired  bool      // its key has expired: it cannot be reached until it logs in again
 	LastSeen time.Time // zero if unknown or online
-	// Path is how packets travel at present: "direct", "relay", or "" when
-	// there was no traffic lately.
-	Path     string
-	Endpoint netip.AddrPort // of a direct path
-	Relay    int            // region of a relayed one
-	Latency  time.Duration  // round trip of the direct path, 0 = unknown
+	Path     Path      // how packets travel at present
 }
 
 // Starting describes a session that has not come up.
@@ -151,9 +130,7 @@ func (s *Session) Status() *Status {
 	}
 	st.Dropped = Dropped{s.engine.Load().Dropped(), s.late.Load()}
 	for p := range m.Peers() {
-		ps := s.peerPath(p.Key)
-		ps.Peer = m.Identity(p)
-		ps.Expired = p.Expired
+		ps := PeerStatus{Peer: m.Identity(p), Expired: p.Expired, Path: s.PathTo(p.Key)}
 		ps.Online = p.Online != nil && *p.Online
 		if p.LastSeen != nil && !ps.Online {
 			ps.LastSeen = *p.LastSeen
