@@ -62,8 +62,7 @@ func (p *puppet) take(src Source, datagrams ...[]byte) {
 	for _, d := range datagrams {
 		p.t.Receive(src, [][]byte{append([]byte(nil), d...)})
 		for len(p.t.knocks) > 0 {
-			k := <-p.t.knocks
-			p.t.answer(&k)
+			p.t.answer(<-p.t.knocks)
 		}
 	}
 }
@@ -107,7 +106,7 @@ func alive(t testing.TB, x, y *puppet) {
 
 // again begins a handshake with the other one, whatever the time.
 func (p *puppet) again(other *puppet) []byte {
-	pe, err := p.t.obtain(other.key)
+	pe, err := p.t.obtain(other.key, time.Now())
 	if err != nil {
 		panic(err)
 	}

@@ -22,7 +22,7 @@ func (k *knocking) bytes() []byte { return k.msg[:k.n] }
 // heldInitiation is a proper initiation from a key that the netmap does not
 // know: the peer may have heard of us a moment before we hear of it.
 type heldInitiation struct {
-	knocking
+	*knocking
 	at time.Time
 }
 
@@ -32,6 +32,9 @@ const (
 
 	rekeyTimeout = 5 * time.Second
 	attemptFor   = 90 * time.Second
+	// freeAnswers is how many wrong answers to an initiation are opened before
+	// they count against the rate of strangers.
+	freeAnswers = 16
 	// beginGap is the least distance of two initiations to one peer.
 	beginGap = 100 * time.Millisecond
 )
@@ -86,7 +89,12 @@ func (t *Tunnel) knock(src *Source, msg []byte, now time.Time) {
 			return
 		}
 	}
-	k := knocking{src: *src, n: len(msg)}
+	t.queue(src, msg)
+}
+
+// queue leaves a handshake message to the worker.
+func (t *Tunnel) queue(src *Source, msg []byte) {
+	k := &knocking{src: *src, n: len(msg)}
 	copy(k.msg[:], msg)
 	select {
 	case t.knocks <- k:
@@ -98,13 +106,14 @@ func (t *Tunnel) knock(src *Source, msg []byte, now time.Time) {
 
 // vouched reports whether the path knows the source of an initiation as a peer
 // that has not tried a moment ago: it has its own small budget, so that a flood
-// from elsewhere does not keep it out.
+// from elsewhere does not keep it out. All of them together have one too, for
+// the addresses of many can be forged.
 func (t *Tunnel) vouched(src *Source, now time.Time) bool {
 	if src.Peer.IsZero() {
 		return false
 	}
 	_, known := t.cfg.Lookup(src.Peer)
-	return known && t.history.mayTry(src.Peer, now)
+	return known && t.history.mayTry(src.Peer, now) && t.familiar.AllowN(now, 1)
 }
 
 // answer reads a handshake message that was let in.
@@ -156,11 +165,17 @@ func (t *Tunnel) admit(k *knocking) {
 		t.hold(o.static, k)
 		return
 	}
-	if !t.history.accept(o.static, ts) {
+	if ok, behind := t.history.accept(o.static, ts, now); !ok {
 		t.stats.dropReplay.Add(1)
+		if behind {
+			// It cannot be answered, but our own initiation can: a node with
+			// a clock that was put back is not locked out until its old time
+			// has come again (CVE-2021-46873).
+			t.greet(o.static)
+		}
 		return
 	}
-	p, err := t.obtain(o.static)
+	p, err := t.obtain(o.static, now)
 	if err != nil {
 		t.stats.dropNoPeer.Add(1)
 		return
@@ -178,7 +193,7 @@ func (t *Tunnel) admit(k *knocking) {
 	}
 	p.here.Store(ep)
 	t.wake(p, s.born.Add(rejectAfter))
-	t.transmit(p, [][]byte{msg[:]}, 0)
+	t.transmit(p, [][]byte{msg[:]}, false)
 }
 
 // respond makes the session of an answered initiation, which waits for the
@@ -194,7 +209,7 @@ func (t *Tunnel) respond(p *peer, o *opened, msg *[responseSize]byte, now time.T
 		t.stats.dropForged.Add(1)
 		return nil, false
 	}
-	s := newSession(p, index, o.sender, send, receive, false, now)
+	s := t.newSession(p, index, o.sender, send, receive, false, now)
 	t.setIndex(index, s)
 	if p.next != nil {
 		t.dropIndex(p.next.index)
@@ -249,7 +264,7 @@ func (t *Tunnel) begin(p *peer, again bool) {
 	p.guest.sign(msg[:], now)
 	p.mu.Unlock()
 	t.wake(p, retry)
-	t.transmit(p, [][]byte{msg[:]}, 0)
+	t.transmit(p, [][]byte{msg[:]}, false)
 }
 
 // giveUp ends a handshake that nobody answers. The caller holds p.mu.
@@ -258,7 +273,8 @@ func (t *Tunnel) giveUp(p *peer) {
 		t.dropIndex(p.begun.index)
 		p.begun = nil
 	}
-	t.stats.dropStalled.Add(uint64(len(p.unstage())))
+	t.stats.dropStalled.Add(uint64(len(p.staged)))
+	p.staged, p.stagedLen = nil, 0
 }
 
 // conclude reads the response to a handshake that we began.
@@ -282,13 +298,20 @@ func (t *Tunnel) conclude(k *knocking) {
 		t.stats.dropReplay.Add(1) // a copy, or the answer to an attempt before
 		return
 	}
+	// Whoever saw the initiation can make as many wrong answers as he likes.
+	if h.forged >= freeAnswers && !t.strange.AllowN(now, 1) {
+		p.mu.Unlock()
+		t.stats.dropRate.Add(1)
+		return
+	}
 	send, receive, remote, ok := h.finish(k.bytes(), p.preshared)
 	if !ok {
+		h.forged++
 		p.mu.Unlock()
 		t.stats.dropForged.Add(1)
 		return
 	}
-	s := newSession(p, index, remote, send, receive, true, now)
+	s := t.newSession(p, index, remote, send, receive, true, now)
 	t.setIndex(index, s)
 	p.begun = nil
 	if p.next != nil { // theirs crossed ours: they may use it
@@ -304,8 +327,8 @@ func (t *Tunnel) conclude(k *knocking) {
 	// The responder sends nothing before it has heard from us.
 	if len(staged) == 0 {
 		t.keepalive(p, s)
-	} else if left := t.seal(p, s, staged, now); left > 0 {
-		t.stats.dropStalled.Add(uint64(left))
+	} else {
+		t.sendStaged(p, s, staged, now)
 	}
 }
 
@@ -321,9 +344,17 @@ func (t *Tunnel) confirm(p *peer, s *session, now time.Time) {
 	t.replace(p, s)
 	staged := p.unstage()
 	p.mu.Unlock()
-	if left := t.seal(p, s, staged, now); left > 0 {
-		t.stats.dropStalled.Add(uint64(left))
+	if len(staged) > 0 {
+		t.sendStaged(p, s, staged, now)
 	}
+}
+
+// sendStaged sends what waited for a session.
+func (t *Tunnel) sendStaged(p *peer, s *session, staged [][]byte, now time.Time) {
+	t.stats.dropStalled.Add(uint64(t.seal(p, s, staged, now)))
+	p.mu.Lock()
+	p.leaving -= len(staged)
+	p.mu.Unlock()
 }
 
 // replace puts a session in use. The caller holds p.mu.
@@ -370,14 +401,14 @@ func (t *Tunnel) hold(key identity.NodePublic, k *knocking) {
 		}
 	}
 	if _, again := t.held[key]; again || len(t.held) < maxHeld {
-		t.held[key] = heldInitiation{*k, now}
+		t.held[key] = heldInitiation{k, now}
 	}
 }
 
 // retryHeld gives initiations that came too early their second chance.
 func (t *Tunnel) retryHeld(keys []identity.NodePublic) {
 	now := time.Now()
-	var again []knocking
+	var again []*knocking
 	t.mu.Lock()
 	if len(t.held) > 0 {
 		for _, k := range keys {

@@ -166,25 +166,26 @@ func TestHistory(t *testing.T) {
 	if !h.mayTry(keys[0], now) || h.mayTry(keys[0], now.Add(initGap/2)) || !h.mayTry(keys[0], now.Add(initGap)) {
 		t.Error("wrong spacing of tries")
 	}
-	if !h.accept(keys[0], at(5)) || h.accept(keys[0], at(5)) || h.accept(keys[0], at(4)) || !h.accept(keys[0], at(6)) {
+	accept := func(k identity.NodePublic, ts timestamp) bool { ok, _ := h.accept(k, ts, now); return ok }
+	if !accept(keys[0], at(5)) || accept(keys[0], at(5)) || accept(keys[0], at(4)) || !accept(keys[0], at(6)) {
 		t.Error("wrong order of timestamps")
 	}
 	for i, k := range keys[1:] {
-		h.accept(k, at(100+i))
+		accept(k, at(100+i))
 		if len(h.peers) > h.limit {
 			t.Fatalf("%d records", len(h.peers))
 		}
 	}
 	// Forgotten peers cannot be played back, remembered ones neither.
 	for i, k := range keys[1:] {
-		if h.accept(k, at(100+i)) {
+		if accept(k, at(100+i)) {
 			t.Errorf("replay of peer %d accepted", i)
 		}
 	}
-	if h.accept(keys[0], at(6)) {
+	if accept(keys[0], at(6)) {
 		t.Error("replay of a forgotten peer accepted")
 	}
-	if !h.accept(keys[0], at(200)) {
+	if !accept(keys[0], at(200)) {
 		t.Error("a newer one is refused")
 	}
 }

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"bytes"
+	"encoding/binary"
 	"slices"
 	"sync"
 	"time"
@@ -14,11 +15,19 @@ import (
 // timestamp is a TAI64N label; later ones compare greater.
 type timestamp = tai64n.Timestamp
 
-// after returns a timestamp of now that is later than last, which the coarse
-// clock of these labels does not give by itself.
-func after(last timestamp) timestamp {
-	now := tai64n.Now()
-	if now.After(last) {
+// label returns the timestamp of a time, as coarse as others make theirs: it is
+// not to tell how fast this machine is.
+func label(at time.Time) (ts timestamp) {
+	const unixEpoch, coarse = 0x400000000000000a, 1<<24 - 1
+	binary.BigEndian.PutUint64(ts[:], unixEpoch+uint64(at.Unix()))
+	binary.BigEndian.PutUint32(ts[8:], uint32(at.Nanosecond())&^coarse)
+	return ts
+}
+
+// after returns a timestamp of now that is later than last, which neither
+// coarse labels nor a clock that was put back give by themselves.
+func after(last timestamp, at time.Time) timestamp {
+	if now := label(at); now.After(last) {
 		return now
 	}
 	for i := len(last) - 1; i >= 0; i-- {
@@ -40,11 +49,13 @@ type history struct {
 	// floor is the newest timestamp that was ever forgotten: peers that are
 	// not in the map may have used anything up to it.
 	floor timestamp
-	limit int // 0 means maxHistory
+	limit int              // 0 means maxHistory
+	clock func() time.Time // nil means time.Now; only for timestamps
 }
 
 type past struct {
 	last  timestamp // of theirs
+	at    time.Time // when last was accepted
 	ours  timestamp // of ours to them
 	tried time.Time
 }
@@ -62,17 +73,26 @@ func (h *history) mayTry(key identity.NodePublic, now time.Time) bool {
 	return true
 }
 
+// overtaken is how long after an initiation older ones may still arrive that
+// were sent before it.
+const overtaken = rekeyTimeout
+
 // accept notes the timestamp of a genuine initiation and reports whether it is
-// newer than all before.
-func (h *history) accept(key identity.NodePublic, ts timestamp) bool {
+// newer than all before. One that is older without having been overtaken is
+// behind: a replay, or made by a node that was started anew with its clock put
+// back.
+func (h *history) accept(key identity.NodePublic, ts timestamp, now time.Time) (ok, behind bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p := h.get(key)
-	if bytes.Compare(ts[:], p.last[:]) <= 0 {
-		return false
+	switch bytes.Compare(ts[:], p.last[:]) {
+	case 0:
+		return false, false
+	case -1:
+		return false, now.Sub(p.at) >= overtaken
 	}
-	p.last = ts
-	return true
+	p.last, p.at = ts, now
+	return true, false
 }
 
 // stamp returns the timestamp of our next initiation to a peer.
@@ -80,7 +100,11 @@ func (h *history) stamp(key identity.NodePublic) timestamp {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p := h.get(key)
-	p.ours = after(p.ours)
+	clock := h.clock
+	if clock == nil {
+		clock = time.Now
+	}
+	p.ours = after(p.ours, clock())
 	return p.ours
 }
 

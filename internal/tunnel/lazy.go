@@ -122,7 +122,6 @@ func (t *Tunnel) ask(keys []identity.NodePublic, m mode) []wish {
 
 // apply changes peers and table. The caller holds route.
 func (t *Tunnel) apply(wishes []wish, m mode) (lost []*peer, contested []identity.NodePublic) {
-	now := time.Now()
 	made := false
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -155,7 +154,7 @@ func (t *Tunnel) apply(wishes []wish, m mode) (lost []*peer, contested []identit
 			continue
 		}
 		if p == nil {
-			p = newPeer(w.key, w.psk, now)
+			p = newPeer(w.key, w.psk, t.instant())
 			t.peers[w.key] = p
 			made = true
 			t.log.Debug("tunnel peer added", zap.String("peer", p.key.Short()))
@@ -200,14 +199,14 @@ func (t *Tunnel) retire(p *peer) {
 
 // evictIdle removes peers without traffic and says when the next one may be
 // due; 0 when there is none left.
-func (t *Tunnel) evictIdle(now time.Time) time.Duration {
+func (t *Tunnel) evictIdle() time.Duration {
 	t.route.Lock()
 	defer t.route.Unlock()
 	if t.closed {
 		return 0
 	}
 	next := time.Duration(0)
-	limit := now.Add(-t.cfg.IdleAfter).UnixNano()
+	limit := t.instant() - int64(t.cfg.IdleAfter)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, p := range t.peers {
@@ -226,7 +225,7 @@ func (t *Tunnel) evictIdle(now time.Time) time.Duration {
 
 // obtain returns the configured peer with this key, creating it if Lookup knows
 // it, and notes that it is in use.
-func (t *Tunnel) obtain(key identity.NodePublic) (*peer, error) {
+func (t *Tunnel) obtain(key identity.NodePublic, now time.Time) (*peer, error) {
 	for {
 		if t.isClosing() {
 			return nil, ErrClosed
@@ -234,7 +233,7 @@ func (t *Tunnel) obtain(key identity.NodePublic) (*peer, error) {
 		t.mu.RLock()
 		p, full := t.peers[key], len(t.peers) >= maxPeers
 		if p != nil {
-			p.active.Store(time.Now().UnixNano())
+			p.active.Store(t.since(now))
 		}
 		t.mu.RUnlock()
 		switch {

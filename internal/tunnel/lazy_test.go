@@ -401,7 +401,7 @@ func TestPSK(t *testing.T) {
 
 func TestTable(t *testing.T) {
 	p := func(s string) netip.Prefix { return netip.MustParsePrefix(s) }
-	a, b := newPeer(identity.NewNode().Public(), psk{}, time.Time{}), newPeer(identity.NewNode().Public(), psk{}, time.Time{})
+	a, b := newPeer(identity.NewNode().Public(), psk{}, 0), newPeer(identity.NewNode().Public(), psk{}, 0)
 	var tb table
 	tb.claim(p("10.0.0.0/8"), a)
 	tb.claim(p("10.1.0.0/16"), b)

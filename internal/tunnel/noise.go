@@ -131,6 +131,7 @@ type pending struct {
 	index     uint32
 	chain     digest
 	hash      digest
+	forged    int // answers that did not open; guarded by the lock of the peer
 }
 
 var errWeakKey = errors.New("the peer's key is no proper one")

@@ -29,7 +29,7 @@ type peer struct {
 	indexes  []uint32                 // its entries in Tunnel.indexes; guarded by Tunnel.mu
 
 	dead      atomic.Bool
-	active    atomic.Int64 // time of the last traffic, Unix nanoseconds
+	active    atomic.Int64 // the last traffic, nanoseconds since Tunnel.epoch: no clock that is put forward ends it
 	handshake atomic.Int64 // time of the last handshake, Unix nanoseconds, 0 for never
 	txBytes   atomic.Uint64
 	rxBytes   atomic.Uint64
@@ -53,18 +53,19 @@ type peer struct {
 	preshared psk
 	staged    [][]byte // packets that wait for a session
 	stagedLen int      // bytes of them
+	leaving   int      // packets that have waited and are being sent
 
 	// delivery has capacity 1 and is full while packets are checked and
 	// delivered: a barrier. A mutex would do but for virtual time.
 	delivery chan struct{}
 }
 
-func newPeer(key identity.NodePublic, preshared psk, now time.Time) *peer {
+func newPeer(key identity.NodePublic, preshared psk, now int64) *peer {
 	raw := key.Bytes()
 	p := &peer{key: key, gone: make(chan struct{}), guest: newGuest(raw[:]), preshared: preshared, delivery: make(chan struct{}, 1)}
 	p.home = &endpoint{}
 	p.here.Store(p.home)
-	p.active.Store(now.UnixNano())
+	p.active.Store(now)
 	return p
 }
 
@@ -88,18 +89,19 @@ func (p *peer) stage(packets [][]byte) (dropped int) {
 	return dropped
 }
 
-// unstage takes out what waited. The caller holds mu.
+// unstage takes out what waited, for sendStaged. The caller holds mu.
 func (p *peer) unstage() [][]byte {
 	staged := p.staged
+	p.leaving += len(staged)
 	p.staged, p.stagedLen = nil, 0
 	return staged
 }
 
-// waiting returns how many packets wait for a session.
+// waiting returns how many packets wait for a session or to be sent after.
 func (p *peer) waiting() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.staged)
+	return len(p.staged) + p.leaving
 }
 
 // endpoint is a place from which a peer was heard.

@@ -66,14 +66,14 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 			} else if _, ok := sl.peer.from(&src, now); !ok {
 				t.stats.dropMismatch.Add(1)
 			} else if kind == typeCookie {
-				t.knockCookie(&src, b)
+				t.queue(&src, b) // it is cheap to read and has no MAC
 			} else {
 				t.knock(&src, b, now)
 			}
 			continue
 		}
 		if s == nil || s.index != index {
-			t.deliver(c, s)
+			t.deliver(c, s, now)
 			sl := t.slot(index)
 			if s = sl.session; s == nil {
 				t.lostSession(&src, len(b))
@@ -109,7 +109,7 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 			c.packets = append(c.packets, plain)
 		}
 	}
-	t.deliver(c, s)
+	t.deliver(c, s, now)
 	catches.Put(c)
 }
 
@@ -120,18 +120,6 @@ func (t *Tunnel) strayed(src *Source, sl slot, kind byte) {
 		return
 	}
 	t.stats.dropSession.Add(1)
-}
-
-// knockCookie queues a cookie, which is cheap to read and has no MAC.
-func (t *Tunnel) knockCookie(src *Source, msg []byte) {
-	k := knocking{src: *src, n: len(msg)}
-	copy(k.msg[:], msg)
-	select {
-	case t.knocks <- k:
-		t.stats.datagramsIn.Add(1)
-	default:
-		t.stats.dropBacklog.Add(1)
-	}
 }
 
 // lostSession wakes the one who greets, if a peer uses a session that we do not
@@ -160,14 +148,14 @@ func (t *Tunnel) heard(p *peer, s *session, now time.Time, data bool) {
 	if !s.confirmed.Load() && !s.confirmed.Swap(true) {
 		t.confirm(p, s, now)
 	}
-	if s.initiator && now.Sub(s.born) >= rekeyLate && !s.renewed.Swap(true) {
+	if s.initiator && now.Sub(s.born) >= rekeyLate && p.current.Load() == s && !s.renewed.Swap(true) {
 		t.begin(p, false)
 	}
 }
 
 // deliver hands over the packets of one session, those of them that are the
 // peer's to send.
-func (t *Tunnel) deliver(c *catch, s *session) {
+func (t *Tunnel) deliver(c *catch, s *session, now time.Time) {
 	if len(c.packets) == 0 {
 		return
 	}
@@ -196,7 +184,7 @@ func (t *Tunnel) deliver(c *catch, s *session) {
 	}
 	t.mu.RUnlock()
 	if len(packets) > 0 && !t.isClosing() {
-		p.active.Store(time.Now().UnixNano())
+		p.active.Store(t.since(now))
 		p.rxBytes.Add(bytes)
 		t.stats.packetsIn.Add(uint64(len(packets)))
 		t.cfg.Deliver(p.key, packets)

@@ -44,20 +44,21 @@ func (t *Tunnel) Send(to identity.NodePublic, packets [][]byte) error {
 		return fmt.Errorf("tunnel: send: %w", ErrClosed)
 	}
 	defer t.calls.leave()
-	p, err := t.obtain(to)
+	now := time.Now()
+	p, err := t.obtain(to, now)
 	if err != nil {
 		t.stats.dropNoPeer.Add(uint64(len(packets)))
 		return fmt.Errorf("tunnel: send: %w", err)
 	}
-	now := time.Now()
-	s := p.current.Load()
-	if s == nil || !s.usable(now) {
-		if s = t.stage(p, packets, now); s == nil {
-			return nil
+	for len(packets) > 0 {
+		s := p.current.Load()
+		if s == nil || !s.usable(now) {
+			if s = t.stage(p, packets, now); s == nil {
+				return nil
+			}
 		}
+		packets = packets[len(packets)-t.seal(p, s, packets, now):]
 	}
-	// Nonces that ran out, which nobody will see.
-	t.stats.dropStalled.Add(uint64(t.seal(p, s, packets, now)))
 	return nil
 }
 
@@ -146,7 +147,7 @@ func (t *Tunnel) seal(p *peer, s *session, packets [][]byte, now time.Time) (lef
 		}
 		t.flush(p, tr, bytes)
 	}
-	if s.old(now) && !s.renewed.Swap(true) {
+	if s.old(now) && p.current.Load() == s && !s.renewed.Swap(true) {
 		t.begin(p, false)
 	}
 	return 0
@@ -160,8 +161,7 @@ func (t *Tunnel) flush(p *peer, tr *train, bytes uint64) {
 	}
 	p.txBytes.Add(bytes)
 	t.stats.packetsOut.Add(uint64(n))
-	now := t.instant()
-	t.transmit(p, tr.datagrams, now)
+	t.transmit(p, tr.datagrams, true)
 	clear(tr.datagrams)
 	tr.datagrams = tr.datagrams[:0]
 }
@@ -171,14 +171,14 @@ func (t *Tunnel) keepalive(p *peer, s *session) {
 	tr := trains.Get().(*train)
 	defer trains.Put(tr)
 	if b, ok := s.sealTo(tr.buf[:0], nil, &tr.nonce); ok {
-		t.transmit(p, [][]byte{b}, 0)
+		t.transmit(p, [][]byte{b}, false)
 	}
 }
 
 // transmit hands datagrams to the path, with the address that the peer was last
-// heard from if the path does not know it. data, if not 0, is the instant at
-// which packets leave that the peer will answer.
-func (t *Tunnel) transmit(p *peer, datagrams [][]byte, data int64) {
+// heard from if the path does not know it. data says that there
+// are packets in them, which the peer will answer.
+func (t *Tunnel) transmit(p *peer, datagrams [][]byte, data bool) {
 	if p.dead.Load() || t.isClosing() {
 		return
 	}
@@ -189,9 +189,10 @@ func (t *Tunnel) transmit(p *peer, datagrams [][]byte, data int64) {
 	if p.owed.Load() != 0 && datagrams[0][0] == typeData {
 		p.owed.Store(0)
 	}
-	if data != 0 && p.unanswered.Load() == 0 {
-		p.unanswered.Store(data)
-		t.ring(p, data+int64(silenceAfter))
+	if data && p.unanswered.Load() == 0 {
+		now := t.instant()
+		p.unanswered.Store(now)
+		t.ring(p, now+int64(silenceAfter))
 	}
 	err := t.cfg.Send(p.key, e.src.Addr, datagrams)
 	t.stats.datagramsOut.Add(uint64(len(datagrams)))

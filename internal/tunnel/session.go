@@ -22,6 +22,10 @@ const (
 	rekeyLate = rejectAfter - keepaliveAfter - rekeyTimeout
 )
 
+// quota is how many messages a session may seal. It is the protocol's but in
+// tests, which cannot wait for it.
+type quota struct{ rekey, reject uint64 }
+
 // session is a pair of keys that a handshake agreed on.
 type session struct {
 	peer      *peer
@@ -30,6 +34,7 @@ type session struct {
 	sealer    cipher.AEAD
 	opener    cipher.AEAD
 	born      time.Time
+	quota     quota
 	initiator bool
 
 	sent atomic.Uint64 // the next counter
@@ -42,8 +47,8 @@ type session struct {
 	seen replay.Filter
 }
 
-func newSession(p *peer, index, remote uint32, send, receive digest, initiator bool, now time.Time) *session {
-	s := &session{peer: p, index: index, remote: remote, born: now, initiator: initiator}
+func (t *Tunnel) newSession(p *peer, index, remote uint32, send, receive digest, initiator bool, now time.Time) *session {
+	s := &session{peer: p, index: index, remote: remote, born: now, quota: t.quota, initiator: initiator}
 	var err error
 	if s.sealer, err = chacha20poly1305.New(send[:]); err == nil {
 		s.opener, err = chacha20poly1305.New(receive[:])
@@ -57,26 +62,26 @@ func newSession(p *peer, index, remote uint32, send, receive digest, initiator b
 
 // usable reports whether the session may still seal.
 func (s *session) usable(now time.Time) bool {
-	return now.Sub(s.born) < rejectAfter && s.sent.Load() < rejectAfterMessages
+	return now.Sub(s.born) < rejectAfter && s.sent.Load() < s.quota.reject
 }
 
 // old reports whether whoever sends should renew the session.
 func (s *session) old(now time.Time) bool {
-	return s.initiator && now.Sub(s.born) >= rekeyAfter || s.sent.Load() >= rekeyAfterMessages
+	return s.initiator && now.Sub(s.born) >= rekeyAfter || s.sent.Load() >= s.quota.rekey
 }
 
 // fresh reports whether a counter was not seen before.
 func (s *session) fresh(counter uint64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.seen.ValidateCounter(counter, rejectAfterMessages)
+	return s.seen.ValidateCounter(counter, s.quota.reject)
 }
 
 // sealTo appends the transport message of a packet, padded, to b. The packet
 // must not lie in b. nonce is scratch.
 func (s *session) sealTo(b []byte, packet []byte, nonce *[chacha20poly1305.NonceSize]byte) (_ []byte, ok bool) {
 	counter := s.sent.Add(1) - 1
-	if counter >= rejectAfterMessages {
+	if counter >= s.quota.reject {
 		return b, false
 	}
 	at := len(b)

@@ -96,7 +96,7 @@ func (t *Tunnel) PeerStats(key identity.NodePublic) (PeerStats, bool) {
 		return PeerStats{}, false
 	}
 	s := PeerStats{
-		LastTraffic:   time.Unix(0, p.active.Load()),
+		LastTraffic:   time.Now().Add(time.Duration(p.active.Load() - t.instant())),
 		SentBytes:     p.txBytes.Load(),
 		ReceivedBytes: p.rxBytes.Load(),
 	}

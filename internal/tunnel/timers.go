@@ -178,27 +178,27 @@ const (
 // not have: we were restarted, or let go of it as idle. WireGuard alone leaves
 // such a peer talking to nobody for 15 seconds. The path says who it is, and
 // may be wrong, so this is done rarely and costs the one greeted no more than
-// any handshake does. Only the worker calls it; greeted is its memory.
-func (t *Tunnel) greet(key identity.NodePublic, greeted map[identity.NodePublic]time.Time) {
+// any handshake does. Only the worker calls it.
+func (t *Tunnel) greet(key identity.NodePublic) {
 	now := time.Now()
-	if last, ok := greeted[key]; ok && now.Sub(last) < greetEvery {
+	if last, ok := t.greeted[key]; ok && now.Sub(last) < greetEvery {
 		return
 	}
-	if len(greeted) >= maxGreeted {
-		for k, at := range greeted {
+	if len(t.greeted) >= maxGreeted {
+		for k, at := range t.greeted {
 			if now.Sub(at) >= greetEvery {
-				delete(greeted, k)
+				delete(t.greeted, k)
 			}
 		}
-		if len(greeted) >= maxGreeted {
+		if len(t.greeted) >= maxGreeted {
 			return
 		}
 	}
-	p, err := t.obtain(key)
+	p, err := t.obtain(key, now)
 	if err != nil {
 		return
 	}
-	greeted[key] = now
+	t.greeted[key] = now
 	t.begin(p, false)
 	t.stats.greeted.Add(1)
 }

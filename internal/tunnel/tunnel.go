@@ -55,6 +55,9 @@ const (
 	// cookieRate is how many of those above it are answered with a cookie,
 	// which costs little and is smaller than what asked for it.
 	cookieRate = 5000
+	// familiarRate is how many initiations from addresses that the path knows
+	// are opened per second at most, which takes less than one core.
+	familiarRate = 4000
 	// initGap is the least distance of two initiations from a known source
 	// that do not count against that rate.
 	initGap = 20 * time.Millisecond
@@ -138,6 +141,8 @@ type Tunnel struct {
 	strange  *rate.Limiter // initiations from sources nobody vouches for
 	cookies  *rate.Limiter // cookies for those above that
 	seated   *rate.Limiter // initiations of those who have one
+	familiar *rate.Limiter // initiations from sources that the path knows
+	quota    quota         // of sessions
 	revision atomic.Uint64 // counts Updates, so that older lookups are not applied; changed under route
 	alarms   alarms
 
@@ -154,9 +159,10 @@ type Tunnel struct {
 	table   table
 	held    map[identity.NodePublic]heldInitiation
 
-	knocks  chan knocking
-	lost    chan identity.NodePublic // peers that use a session we do not have
-	born    chan struct{}            // a peer was created: the idle timer has to run
+	knocks  chan *knocking
+	greeted map[identity.NodePublic]time.Time // when a peer was greeted last; of the worker alone
+	lost    chan identity.NodePublic          // peers that use a session we do not have
+	born    chan struct{}                     // a peer was created: the idle timer has to run
 	closing chan struct{}
 	done    chan struct{}  // Close has finished
 	wg      sync.WaitGroup // the worker
@@ -191,22 +197,25 @@ func build(cfg Config) (*Tunnel, error) {
 		return nil, fmt.Errorf("tunnel: %w", err)
 	}
 	t := &Tunnel{
-		cfg:     cfg,
-		log:     cfg.Logger,
-		epoch:   time.Now(),
-		calls:   gate{empty: make(chan struct{}, 1)},
-		strange: rate.NewLimiter(initRate, initBurst),
-		cookies: rate.NewLimiter(cookieRate, cookieRate),
-		seated:  rate.NewLimiter(initRate, initBurst),
-		alarms:  alarms{poke: make(chan struct{}, 1)},
-		peers:   make(map[identity.NodePublic]*peer),
-		indexes: make(map[uint32]slot),
-		held:    make(map[identity.NodePublic]heldInitiation),
-		knocks:  make(chan knocking, knockQueue),
-		lost:    make(chan identity.NodePublic, 16),
-		born:    make(chan struct{}, 1),
-		closing: make(chan struct{}),
-		done:    make(chan struct{}),
+		cfg:      cfg,
+		log:      cfg.Logger,
+		epoch:    time.Now(),
+		calls:    gate{empty: make(chan struct{}, 1)},
+		strange:  rate.NewLimiter(initRate, initBurst),
+		cookies:  rate.NewLimiter(cookieRate, cookieRate),
+		seated:   rate.NewLimiter(initRate, initBurst),
+		familiar: rate.NewLimiter(familiarRate, familiarRate),
+		quota:    quota{rekeyAfterMessages, rejectAfterMessages},
+		alarms:   alarms{poke: make(chan struct{}, 1)},
+		peers:    make(map[identity.NodePublic]*peer),
+		indexes:  make(map[uint32]slot),
+		held:     make(map[identity.NodePublic]heldInitiation),
+		knocks:   make(chan *knocking, knockQueue),
+		greeted:  make(map[identity.NodePublic]time.Time),
+		lost:     make(chan identity.NodePublic, 16),
+		born:     make(chan struct{}, 1),
+		closing:  make(chan struct{}),
+		done:     make(chan struct{}),
 	}
 	t.keys.Store(&keyring{current: key})
 	return t, nil
@@ -403,15 +412,14 @@ func (t *Tunnel) work() {
 	idle.Stop()
 	alarm.Stop()
 	armed := false
-	greeted := make(map[identity.NodePublic]time.Time)
 	for {
 		select {
 		case <-t.closing:
 			return
 		case k := <-t.knocks:
-			t.answer(&k)
+			t.answer(k)
 		case key := <-t.lost:
-			t.greet(key, greeted)
+			t.greet(key)
 		case <-t.alarms.poke:
 			t.tendDue(alarm)
 		case <-alarm.C:
@@ -421,8 +429,8 @@ func (t *Tunnel) work() {
 				armed = true
 				idle.Reset(t.cfg.IdleAfter)
 			}
-		case now := <-idle.C:
-			next := t.evictIdle(now)
+		case <-idle.C:
+			next := t.evictIdle()
 			if armed = next > 0; armed {
 				idle.Reset(next)
 			}
