@@ -54,6 +54,11 @@ type SessionConfig struct {
 	Ephemeral bool
 	// Store keeps the last map for SavedMap; nil = it is not kept.
 	Store identity.Store
+	// NoteFlows is called when the control server wants to hear of connection
+	// attempts, or no longer does, and Flows returns those since the last call.
+	// With nil nobody is told.
+	NoteFlows func(on bool)
+	Flows     func() []wire.Flow
 }
 
 // Session keeps a registered node in touch with its control server.
@@ -65,6 +70,7 @@ type Session struct {
 	probe  chan struct{} // asks to look at the connection
 	update chan struct{} // asks for a lite update
 	dirty  chan struct{} // asks to save the map
+	flows  chan struct{} // flowsEvery has changed
 
 	mu      sync.Mutex // guards the fields below
 	host    HostState
@@ -75,6 +81,8 @@ type Session struct {
 	endPoll context.CancelCauseFunc // of the present map poll
 	last    *netmap.Map             // to be saved
 	nudged  time.Time               // when Retry was called last
+	// flowsEvery is how often to report flows, 0 = never.
+	flowsEvery time.Duration
 }
 
 // NewSession returns a session; Run starts it.
@@ -82,6 +90,7 @@ func (c *Client) NewSession(cfg SessionConfig) *Session {
 	return &Session{
 		c: c, cfg: cfg,
 		nudge: make(chan struct{}, 1), probe: make(chan struct{}, 1), update: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
+		flows: make(chan struct{}, 1),
 	}
 }
 
@@ -217,6 +226,9 @@ func (s *Session) run(ctx context.Context) error {
 	if s.cfg.Store != nil {
 		wg.Go(func() { s.saveMaps(ctx) })
 	}
+	if s.cfg.NoteFlows != nil {
+		wg.Go(func() { s.reportFlows(ctx) })
+	}
 
 	inForce := s.cfg.InForce
 	var wait backoff.Backoff
@@ -231,6 +243,7 @@ func (s *Session) run(ctx context.Context) error {
 			s.setOnline(true)
 			return r
 		}, func(r *wire.MapResponse) error {
+			s.askFlows(r.MeshReportFlows)
 			next, d, err := netmap.Apply(cur, r)
 			if err != nil || next == cur {
 				return err
@@ -255,6 +268,7 @@ func (s *Session) run(ctx context.Context) error {
 		})
 		endPoll(nil)
 		s.setOnline(false)
+		s.askFlows(new(int)) // until another stream asks
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

@@ -97,6 +97,8 @@ type Filter struct {
 	flows  *table
 	frags  fragTable
 	counts Stats
+	// attempts are noted for Attempts; nil: they are not.
+	attempts attempts
 }
 
 // Stats counts packets and flows since the start.
@@ -192,6 +194,9 @@ func (f *Filter) in(p *Packet, peer *identity.NodePublic, now int64) Verdict {
 		return f.withdrawn()
 	}
 	rules, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), p.Dst.Port(), *peer})
+	if f.attempts != nil && !(ok && tracked) {
+		f.attempts.note(p, ok)
+	}
 	switch {
 	case ok:
 	case refused && p.Proto == ProtoUDP:
@@ -222,6 +227,9 @@ func (f *Filter) admit(p *Packet, peer *identity.NodePublic, key flowKey, e *flo
 			return
 		}
 	}
+	if f.attempts != nil {
+		f.attempts.note(p, true)
+	}
 	state := stateOpen
 	if p.Proto == ProtoTCP {
 		state = stateHalf
@@ -233,6 +241,9 @@ func (f *Filter) inICMP(p *Packet, peer *identity.NodePublic, now int64) Verdict
 	switch {
 	case p.isEchoRequest():
 		rules, ok := f.rules.match(query{p.Proto, p.Src.Addr(), p.Dst.Addr(), 0, *peer})
+		if f.attempts != nil {
+			f.attempts.note(p, ok)
+		}
 		if !ok {
 			return Verdict{Reason: ReasonNoRule}
 		}
