@@ -108,7 +108,7 @@ func TestFlow(t *testing.T) {
 	if r := s.run("policy", "set", writeFile(t, `{"acl": []}`)); r.code != exitFail || !strings.Contains(r.stderr, `:1:2: unknown member "acl"`) {
 		t.Errorf("bad policy: %+v", r)
 	}
-	s.fails([]string{"policy", "set", "--replaces", "7", file}, "its version is 1 by now, not 7")
+	s.fails([]string{"policy", "set", "--expect", "7", file}, "its version is 1 by now, not 7")
 	if p := decode[admin.Policy](t, s.ok("policy", "get", "--json")); p.Version != 1 || p.Text != testPolicy {
 		t.Errorf("policy get --json: %+v", p)
 	}

@@ -36,7 +36,7 @@ func TestHelp(t *testing.T) {
 			}
 		}
 	}
-	for _, word := range []string{"key", "user", "node", "policy"} {
+	for _, word := range []string{"key", "user", "node", "policy", "grant"} {
 		if got := s.ok("help", word); got != s.ok(word, "--help") || !strings.Contains(got, "  "+word+" ") {
 			t.Errorf("help %s: %q", word, got)
 		}
@@ -72,6 +72,25 @@ func TestWrongUse(t *testing.T) {
 		{"node list x", `mesh node list: unexpected argument "x"`},
 		{"relay x", `mesh relay: unexpected argument "x"`},
 		{"user list --color", "mesh user list: flag provided but not defined: -color"},
+		{"policy compile x", "give --topology"},
+		{"policy compile --topology - -", "cannot both be standard input"},
+		{"policy explain --from a", "give --from and --to"},
+		{"policy explain --from a --to b", `"b": want NAME:PORT`},
+		{"policy explain --from a --to b:http", "want a port between 0 and 65535"},
+		{"policy explain --from a --to fd7a::1:22", "brackets around an IPv6 address"},
+		{"policy explain --from a --to b:1 --proto x", `--proto "x": want tcp`},
+		{"policy rollback x", `"x": want the number of a version`},
+		{"policy get --version -1", "versions count from 1"},
+		{"policy check f --live --topology t", "give --topology or --live, and not both"},
+		{"policy shadow", "mesh policy: what to do with it is missing or unknown"},
+		{"grant add --src a --dst b:1", "give --for"},
+		{"grant add --dst b:1 --for 1h", "give --src and --dst"},
+		{"grant add --src a --dst b --for 1h", `"b": want NAME:PORT`},
+		{"grant add --src a --dst b:1 --dst c:2 --for 1h", "need the same ports"},
+		{"grant add --src a --dst b:1 --for soon", "want a time like"},
+		{"grant revoke x", `"x": want the number of a grant`},
+		{"node routes a --approve 10.0.0.1/8", "want a network such as"},
+		{"audit --since -1h", "--since: want a time such as 1h"},
 		{"key create", "give --user or --tag"},
 		{"key create --user a --tag tag:b", "give --user or --tag, and not both"},
 		{"key create --tag db", `want "tag:NAME"`},
