@@ -12,17 +12,18 @@ type Kind string
 
 // Kinds of routers.
 const (
-	Home           Kind = "masq-drop"       // EI mapping, APD filtering, nothing let in: what homes have
-	Bare           Kind = "masq-bare"       // as Home, without a filter on the router itself
-	Symmetric      Kind = "symmetric"       // APD mapping, APD filtering
-	FullyRandom    Kind = "symmetric-fully" // as Symmetric, with another way to choose ports
-	FullCone       Kind = "full-cone"       // EI mapping, EI filtering
-	AddrRestricted Kind = "addr-restricted" // EI mapping, AD filtering
-	PortRestricted Kind = "port-restricted" // EI mapping by a table, APD filtering
-	UDPBlocked     Kind = "udp-blocked"     // only TCP passes
-	Hairpin        Kind = "hairpin"         // EI mapping, EI filtering, hosts inside reach each other by the outer address
-	HairpinCGN     Kind = "hairpin-cgn"     // as Hairpin, with APD filtering
-	Corporate      Kind = "corporate"       // only TCP to ports 80 and 443, and DNS
+	Home           Kind = "masq-drop"        // EI mapping, APD filtering, nothing let in: what homes have
+	Bare           Kind = "masq-bare"        // as Home, without a filter on the router itself
+	Symmetric      Kind = "symmetric"        // APD mapping, APD filtering
+	FullyRandom    Kind = "symmetric-fully"  // as Symmetric, with another way to choose ports
+	FullCone       Kind = "full-cone"        // EI mapping, EI filtering
+	AddrRestricted Kind = "addr-restricted"  // EI mapping, AD filtering
+	PortRestricted Kind = "port-restricted"  // EI mapping by a table, APD filtering
+	UDPBlocked     Kind = "udp-blocked"      // only TCP passes
+	Hairpin        Kind = "hairpin"          // EI mapping, EI filtering, hosts inside reach each other by the outer address
+	HairpinCGN     Kind = "hairpin-cgn"      // as Hairpin, with APD filtering
+	Mapped         Kind = "symmetric-mapped" // as Symmetric, ready for a daemon that maps ports: see Router.MapPorts
+	Corporate      Kind = "corporate"        // only TCP to ports 80 and 443, and DNS
 )
 
 // Both parts of the filter of an ordinary router: nothing comes in that was not
@@ -46,6 +47,32 @@ table ip nat {
 		HAIRPIN
 		oifname "wan" meta l4proto udp update @fc { udp sport timeout 300s : ip saddr . udp sport }
 		oifname "wan" snat to $WAN;
+	}
+}
+`
+
+// forDaemon are the rules of a router with the chains that miniupnpd fills.
+const forDaemon = `
+table inet filter {
+	chain miniupnpd { }
+	chain prerouting_miniupnpd { }
+	chain postrouting_miniupnpd { }
+	chain input {
+		type filter hook input priority 0;
+		iifname "wan" ct state established,related accept;
+		iifname "wan" drop;
+	}
+	chain forward {
+		type filter hook forward priority 0; policy drop;
+		iifname "lan" accept;
+		ct state established,related accept;
+		jump miniupnpd;
+	}
+	chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+	chain postrouting {
+		type nat hook postrouting priority 100;
+		jump postrouting_miniupnpd;
+		oifname "wan" masquerade random;
 	}
 }
 `
@@ -92,6 +119,8 @@ func (k Kind) rules(wan netip.Addr) string {
 	case UDPBlocked:
 		rules = masquerade("") + filter(dropInput, `chain forward { type filter hook forward priority 0;
 			meta l4proto udp drop; iifname "wan" ct state established,related accept; iifname "wan" drop; }`)
+	case Mapped:
+		rules = forDaemon
 	case Corporate:
 		rules = masquerade("") + filter(dropInput, `chain forward { type filter hook forward priority 0;
 			ct state established,related accept; tcp dport { 80, 443 } accept; udp dport 53 accept; drop; }`)
