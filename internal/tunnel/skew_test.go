@@ -1,0 +1,223 @@
+package tunnel
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"mesh/identity"
+)
+
+// skews and trips are how far apart two begin, and how long a datagram takes.
+var (
+	skews = []time.Duration{0, 1, 2, 5, 10, 15, 20, 25, 30, 40, 49, 50}
+	trips = []time.Duration{0, 1, 5, 10, 20, 25, 50}
+)
+
+// Two that begin a handshake at nearly the same moment, whatever the distance in
+// time and space: what both said arrives as soon as light permits, and neither
+// sends more than one initiation.
+func TestCrossingAtAnySkew(t *testing.T) {
+	for _, kind := range []string{"two nodes", "Device first", "node first"} {
+		t.Run(kind, func(t *testing.T) {
+			for _, trip := range trips {
+				for _, skew := range skews {
+					crossing(t, kind, trip*time.Millisecond, skew*time.Millisecond)
+				}
+			}
+		})
+	}
+}
+
+func crossing(t *testing.T, kind string, trip, skew time.Duration) {
+	bubble(t, func(t *testing.T, nw *network) {
+		initiations := 0
+		wire := func(_, _ identity.NodePublic, d []byte) []time.Duration {
+			if d[0] == typeInitiation {
+				initiations++
+			}
+			return []time.Duration{trip}
+		}
+		var sayX, sayY func()
+		var gotX, gotY func() int
+		if kind == "two nodes" {
+			e := newEther()
+			e.wire = wire
+			a, b := e.add(t, nw, "a", 1), e.add(t, nw, "b", 2)
+			a.knows(b)
+			b.knows(a)
+			sayX, sayY = func() { a.say(t, b, "x") }, func() { b.say(t, a, "y") }
+			gotX, gotY = func() int { return len(a.take()) }, func() int { return len(b.take()) }
+		} else {
+			e, n, s := duo(t, nw)
+			defer s.close()
+			e.mu.Lock()
+			e.wire = wire
+			e.mu.Unlock()
+			sayX, sayY = func() { n.t.Send(s.key, [][]byte{packet(n.v4, s.v4, "x")}) }, func() { s.say(n.v4, "y") }
+			gotX, gotY = func() int { return len(n.take()) }, func() int { return len(s.take()) }
+			if kind == "Device first" {
+				sayX, sayY, gotX, gotY = sayY, sayX, gotY, gotX
+			}
+		}
+		begin := time.Now()
+		sayX()
+		time.Sleep(skew)
+		sayY()
+		var x, y int
+		for x+y < 2 && time.Since(begin) < time.Minute {
+			synctest.Wait()
+			x += gotX()
+			y += gotY()
+			if x+y < 2 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		// An initiation there, a response back, the packet there; and once more
+		// half of it where the other one's handshake has to carry ours.
+		limit := skew + 4*trip + 3*time.Millisecond
+		if took := time.Since(begin); took > limit || initiations > 2 {
+			t.Errorf("%s, %v apart, %v away: %v, at most %v; %d initiations", kind, skew, trip, took, limit, initiations)
+		}
+		// Both go on without another handshake.
+		for range 3 {
+			sayX()
+			sayY()
+			time.Sleep(2*trip + time.Millisecond)
+			synctest.Wait()
+			if x, y := gotX(), gotY(); x != 1 || y != 1 {
+				t.Errorf("%s, %v apart, %v away: %d and %d packets after it", kind, skew, trip, x, y)
+			}
+		}
+	})
+}
+
+// Three of our nodes and two Devices, any two of which talk, for an hour under
+// random loss and delay: nothing comes twice or to somebody else, most arrives,
+// and in the end everybody hears everybody.
+func TestMixedHour(t *testing.T) {
+	bubble(t, func(t *testing.T, nw *network) {
+		e := newEther()
+		rng := rand.New(rand.NewPCG(5, 6))
+		lossy := true
+		e.wire = func(_, _ identity.NodePublic, _ []byte) []time.Duration {
+			if lossy && rng.IntN(20) == 0 {
+				return nil
+			}
+			return []time.Duration{time.Duration(1+rng.IntN(20)) * time.Millisecond}
+		}
+		type member struct {
+			say func(to int, text string)
+			got func() []string
+		}
+		var members [5]member
+		var nodes [3]*node
+		var devices [2]*stock
+		var all [5]*node // as netmaps see them
+		for i := range nodes {
+			nodes[i] = e.add(t, nw, fmt.Sprint("n", i), byte(i+1))
+			all[i] = nodes[i]
+		}
+		for i := range devices {
+			devices[i] = e.stock(t, identity.NewNode(), byte(i+4))
+			defer devices[i].close()
+			all[i+3] = devices[i].asNode()
+		}
+		for i := range all {
+			for k := range all {
+				if i == k {
+					continue
+				}
+				if i < 3 {
+					nodes[i].knows(all[k])
+				} else {
+					devices[i-3].knows(t, all[k].key, all[k].v4, psk{})
+				}
+			}
+			members[i] = member{
+				say: func(to int, text string) {
+					if i < 3 {
+						if err := nodes[i].t.Send(all[to].key, [][]byte{packet(all[i].v4, all[to].v4, text)}); err != nil {
+							t.Error(err)
+						}
+					} else {
+						devices[i-3].say(all[to].v4, text)
+					}
+				},
+				got: func() (texts []string) {
+					if i >= 3 {
+						return devices[i-3].take()
+					}
+					for _, g := range nodes[i].take() {
+						texts = append(texts, payload(g.packet))
+					}
+					return texts
+				},
+			}
+		}
+		seen := make(map[string]int)
+		collect := func() {
+			synctest.Wait()
+			for i, m := range members {
+				for _, text := range m.got() {
+					var from, to, number int
+					fmt.Sscan(text, &from, &to, &number)
+					if to != i {
+						t.Fatalf("%q came to %d", text, i)
+					}
+					seen[text]++
+				}
+			}
+		}
+		sent := 0
+		for begin := time.Now(); time.Since(begin) < time.Hour; sent++ {
+			from := rng.IntN(5)
+			to := (from + 1 + rng.IntN(4)) % 5
+			members[from].say(to, fmt.Sprint(from, to, sent))
+			time.Sleep(time.Duration(rng.ExpFloat64() * float64(time.Second)))
+			if sent%100 == 0 {
+				collect()
+			}
+		}
+		time.Sleep(10 * time.Second)
+		collect()
+		for text, times := range seen {
+			if times != 1 {
+				t.Errorf("%q came %d times", text, times)
+			}
+		}
+		t.Logf("%d of %d arrived", len(seen), sent)
+		if len(seen) < sent*93/100 {
+			t.Errorf("%d of %d arrived", len(seen), sent)
+		}
+		e.mu.Lock()
+		lossy = false
+		e.mu.Unlock()
+		time.Sleep(3 * time.Minute) // whatever is broken is noticed and renewed
+		clear(seen)
+		for from := range members {
+			for to := range members {
+				if from != to {
+					members[from].say(to, fmt.Sprint(from, to, 0))
+				}
+			}
+		}
+		time.Sleep(10 * time.Second)
+		collect()
+		if len(seen) != 20 {
+			t.Errorf("%d of 20 heard in the end", len(seen))
+		}
+		for _, n := range nodes {
+			n.t.mu.RLock()
+			for key, p := range n.t.peers {
+				if !slices.ContainsFunc(all[:], func(n *node) bool { return n.key == key }) || len(p.indexes) > 8 {
+					t.Errorf("%s keeps %d indexes", n.name, len(p.indexes))
+				}
+			}
+			n.t.mu.RUnlock()
+		}
+	})
+}
