@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"mesh/internal/meshtest"
 )
@@ -141,6 +142,9 @@ func (p *process) read(stdout io.Reader) {
 // stop ends the process in an orderly way.
 func (p *process) stop() {
 	p.stdin.Close()
+	// Stock clients have been seen to hang at their end.
+	hung := time.AfterFunc(15*time.Second, func() { p.cmd.Process.Kill() })
+	defer hung.Stop()
 	p.exited.Wait()
 	p.cmd.Wait()
 }
