@@ -162,3 +162,33 @@ func TestChooserFullSize(t *testing.T) {
 		t.Errorf("path lost for a black hole of large packets: %s", c.why)
 	}
 }
+
+// A path that fell silent has our own addresses asked for at once and some times
+// again, until a path answers; then and after a while it is left alone.
+func TestLostPathAsksForOurAddresses(t *testing.T) {
+	for _, heals := range []bool{false, true} {
+		const a = "192.0.2.1:1"
+		ct := newChooserTest(t, a)
+		ct.run(10*time.Second, 100*ms, up(10*ms, a))
+		lost := ct.now
+		var asked []time.Duration
+		ct.observe = func() {
+			if ct.out.stale && ct.out.call {
+				asked = append(asked, ct.now-lost)
+			}
+		}
+		world := up(10*ms, "192.0.2.9:9")
+		if heals {
+			ct.run(3*time.Second, 100*ms, world)
+			world = up(10*ms, a)
+		}
+		ct.run(2*time.Minute, 100*ms, world)
+		want := restunTries
+		if heals {
+			want = 2
+		}
+		if len(asked) != want || asked[0] > 2*time.Second || asked[1]-asked[0] > 3*time.Second {
+			t.Errorf("heals %v: asked after %v", heals, asked)
+		}
+	}
+}

@@ -33,7 +33,9 @@ const (
 	moved         = 2                       // the same when the peer sends from that other path
 	dead          = 8                       // and before the best is none any more
 	deadHeard     = 14                      // the same while packets come from there
-	restunAt      = 2                       // and before our own addresses are asked for again
+	restunAt      = 2                       // and before our own addresses are asked for again,
+	restunTries   = 4                       // so many times as long as no path answers,
+	restunAgain   = 2100 * time.Millisecond // after this, twice that and so on: a NAT may take a while
 	answeredLate  = trustFor                // how long a pong speaks for a path that was not chosen
 	quickRetry    = 400 * time.Millisecond  // addresses that do not answer at once are pinged again after this
 	quickRetries  = 2                       // so many times
@@ -122,6 +124,7 @@ type chooser struct {
 	beat   instant // the next one
 	full   instant // last discovery
 	callAt instant // last CallMeMaybe of ours
+	lost   lostPath
 	meet   meeting
 	guess  guessed
 
@@ -130,6 +133,12 @@ type chooser struct {
 
 	forced allowance // pings for CallMeMaybes
 	back   allowance // pings for pings
+}
+
+// lostPath is the search for our own addresses after the best path fell silent.
+type lostPath struct {
+	tries int
+	next  instant // 0 = no search
 }
 
 // allowance counts what others make us do.
@@ -340,18 +349,16 @@ func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 		return
 	}
 	if now-lastSent > sessionTimeout {
-		c.active, c.retries = false, 0
+		c.active, c.retries, c.lost = false, 0, lostPath{}
 		c.alive, c.size.asked = liveness{}, 0
 		return
 	}
 	missed := c.alive.missed
 	c.stayAlive(now, lastSent, lastHeard, out)
 	if missed < restunAt && c.alive.missed == restunAt {
-		out.stale = true
-		c.discover(now, b, out)
-		out.call = true // also when all have been pinged lately
-		c.callAt = now
+		c.lost = lostPath{next: now}
 	}
+	c.searchLost(now, b, out)
 	if c.retries > 0 && now >= c.retry {
 		c.retries--
 		c.retry = now + 2*quickRetry
@@ -376,6 +383,27 @@ func (c *chooser) tick(now, lastSent, lastHeard instant, b *budget, out *todo) {
 	}
 }
 
+// searchLost has our own addresses asked for and told to the peer again when the
+// best path has fallen silent: a NAT may have given us another one.
+func (c *chooser) searchLost(now instant, b *budget, out *todo) {
+	l := &c.lost
+	if l.next == 0 || now < l.next {
+		return
+	}
+	if c.hasDirect(now) {
+		*l = lostPath{}
+		return
+	}
+	out.stale = true
+	c.discover(now, b, out)
+	out.call = true // also when all have been pinged lately
+	c.callAt = now
+	l.next = now + restunAgain<<l.tries
+	if l.tries++; l.tries == restunTries {
+		*l = lostPath{}
+	}
+}
+
 // deadline is when tick has something to do next; ok is false for never.
 func (c *chooser) deadline() (at instant, ok bool) {
 	soon := func(t instant) {
@@ -387,6 +415,9 @@ func (c *chooser) deadline() (at instant, ok bool) {
 		soon(c.beat)
 		if c.retries > 0 {
 			soon(c.retry)
+		}
+		if c.lost.next != 0 {
+			soon(c.lost.next)
 		}
 		if t, ok := c.nextLook(); ok {
 			soon(t)
@@ -514,6 +545,7 @@ func (c *chooser) networkChanged(now instant, keep func(netip.AddrPort) bool, b 
 	c.distrust(now)
 	c.alive = liveness{watching: c.alive.watching, look: c.alive.look, looked: c.alive.looked}
 	c.size = fullness{}
+	c.lost = lostPath{}
 	clear(c.pending)
 	for _, k := range c.candidates {
 		k.pinged, k.ponged = 0, min(k.ponged, 1)
