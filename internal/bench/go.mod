@@ -1,0 +1,3 @@
+module mesh/internal/bench
+
+go 1.26.3
