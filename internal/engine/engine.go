@@ -66,6 +66,9 @@ type Config struct {
 	// Report is told when what control should know of this node's network
 	// changes.
 	Report func(path.Report)
+	// Changed is called when the host's network has changed, or when it slept; it
+	// must be quick and not call the Engine. Optional.
+	Changed func()
 	// Logger nil is silent.
 	Logger *zap.Logger
 }
@@ -151,6 +154,13 @@ func New(c Config) (*Engine, error) {
 		Report: func(r path.Report) {
 			<-started
 			e.mapper.report(r)
+		},
+		Changed: func() {
+			<-started
+			e.mapper.changed()
+			if c.Changed != nil {
+				c.Changed()
+			}
 		},
 		ListenUDP:         c.ListenUDP,
 		DialTCP:           c.DialTCP,

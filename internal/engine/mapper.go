@@ -22,7 +22,7 @@ type mapper struct {
 	mu     sync.Mutex // guards the fields below
 	client *portmap.Client
 	closed bool
-	where  []netip.Addr // by which the network was known at the last report
+	seen   []netip.Addr // at which STUN saw the node at the last report
 }
 
 func newMapper(c Config) *mapper { return &mapper{cfg: c} }
@@ -67,10 +67,10 @@ func (m *mapper) current() *portmap.Client {
 // look begins to ask the gateway, or to ask it again, if the report gives reason
 // to.
 func (m *mapper) look(r path.Report) {
-	where, natted := network(r)
+	seen, natted := outside(r)
 	m.mu.Lock()
-	moved := !slices.Equal(where, m.where)
-	m.where = where
+	moved := !slices.Equal(seen, m.seen)
+	m.seen = seen
 	c := m.client
 	if c == nil && natted && m.cfg.PortMapping && !m.closed {
 		m.client = portmap.New(portmap.Config{
@@ -83,30 +83,32 @@ func (m *mapper) look(r path.Report) {
 	}
 	m.mu.Unlock()
 	if c != nil && moved {
+		c.NetworkChanged() // the gateway may have another address, and no mapping
+	}
+}
+
+// changed notes that the host's network has changed.
+func (m *mapper) changed() {
+	if c := m.current(); c != nil {
 		c.NetworkChanged()
 	}
 }
 
-// network returns the addresses by which a node's network can be told from
-// another, and whether it is behind a NAT for IPv4.
-func network(r path.Report) (where []netip.Addr, natted bool) {
-	var own []netip.Addr
+// outside returns the addresses at which STUN servers see the node, and whether
+// there is a NAT for IPv4 in between.
+func outside(r path.Report) (seen []netip.Addr, natted bool) {
+	own := make(map[netip.Addr]bool)
 	for i, a := range r.Endpoints {
 		switch r.Types[i] {
 		case wire.EndpointLocal:
-			own = append(own, a.Addr())
-			where = append(where, a.Addr())
+			own[a.Addr()] = true
 		case wire.EndpointSTUN:
-			where = append(where, a.Addr())
+			seen = append(seen, a.Addr())
 		}
 	}
-	for i, a := range r.Endpoints {
-		if r.Types[i] == wire.EndpointSTUN && a.Addr().Is4() && !slices.Contains(own, a.Addr()) && !a.Addr().IsLoopback() {
-			natted = true
-		}
-	}
-	slices.SortFunc(where, netip.Addr.Compare)
-	return slices.Compact(where), natted
+	natted = slices.ContainsFunc(seen, func(a netip.Addr) bool { return a.Is4() && !own[a] && !a.IsLoopback() })
+	slices.SortFunc(seen, netip.Addr.Compare)
+	return slices.Compact(seen), natted
 }
 
 // tell gives path the present list. It is called by begin and by the client, from

@@ -17,6 +17,7 @@ const (
 	endpointsFresh = 27 * time.Second // older ones are gathered again before a CallMeMaybe
 	regatherMin    = 20 * time.Second // while peers are active
 	regatherMax    = 26 * time.Second //
+	regatherIdle   = 20 * time.Minute // while none is: home and what control knows stay right
 	doubtEvery     = 2 * time.Second
 	endpointMemory = 5*time.Minute + 10*time.Second // an address that STUN told stays advertised
 	maxEndpoints   = disco.MaxEndpoints
@@ -148,6 +149,9 @@ func (p *Path) dueEndpoints(now instant) {
 		p.perform(t.pe, &t.out)
 	}
 	p.sendRequests(requests)
+	if lost {
+		p.changed()
+	}
 	if settled {
 		p.gathered()
 	}

@@ -69,6 +69,7 @@ func (p *Path) monitor(events *networkEvents) {
 		if p.look(c.route) && !p.sleep(changeSpace) {
 			return
 		}
+		p.regatherSlowly()
 		p.poke() // it looks at the clock, see slept
 		wait := pollAnyway
 		if events == nil {
@@ -81,6 +82,15 @@ func (p *Path) monitor(events *networkEvents) {
 			slow = wait == pollIdle
 		}
 		timer.Reset(wait)
+	}
+}
+
+// regatherSlowly has the endpoints of an idle node gathered now and then.
+func (p *Path) regatherSlowly() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if now := p.now(); p.ends.at != 0 && now-p.ends.at >= regatherIdle {
+		p.gatherLocked(now)
 	}
 }
 
@@ -114,6 +124,7 @@ func (p *Path) look(route bool) bool {
 		p.gatherLocked(p.now())
 		p.mu.Unlock()
 		p.poke()
+		p.changed()
 	default:
 		return false
 	}

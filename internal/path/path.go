@@ -83,6 +83,10 @@ type Config struct {
 	// report changed, always with the latest state, from a goroutine of its
 	// own for which Close waits. Optional.
 	Report func(Report)
+	// Changed is called when the host's network has changed, or this process or
+	// the host slept, by the goroutine that noticed: it must be quick, and must
+	// not call Close. Optional.
+	Changed func()
 	// ListenUDP opens a UDP socket; nil means net.ListenConfig. Sockets that
 	// are *net.UDPConn are used with the fast means of the system.
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
@@ -315,6 +319,14 @@ func (p *Path) NetworkChanged() {
 	p.poke()
 	for _, t := range tasks {
 		p.perform(t.pe, &t.out)
+	}
+	p.changed()
+}
+
+// changed tells who wants to know that the network changed. No lock is held.
+func (p *Path) changed() {
+	if p.cfg.Changed != nil {
+		p.cfg.Changed()
 	}
 }
 

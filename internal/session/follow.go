@@ -222,6 +222,7 @@ func (s *Session) startEngine(e *enrolment) error {
 		ListenUDP:         s.cfg.ListenUDP,
 		DialTCP:           s.cfg.DialTCP,
 		Report:            s.report,
+		Changed:           s.networkChanged,
 		Logger:            s.log,
 	})
 	if err != nil {
@@ -239,6 +240,17 @@ func (s *Session) report(r path.Report) {
 	s.mu.Unlock()
 	if told != nil {
 		told()
+	}
+}
+
+// networkChanged lets the connection to control look whether it still lives, and
+// not wait if it does not: there is reason to hope.
+func (s *Session) networkChanged() {
+	s.mu.Lock()
+	retry := s.retry
+	s.mu.Unlock()
+	if retry != nil {
+		retry()
 	}
 }
 
@@ -298,7 +310,7 @@ func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.
 	})
 	tell := func() { cs.SetHostState(s.hostState(e)) }
 	s.mu.Lock()
-	s.told = tell
+	s.told, s.retry = tell, cs.Retry
 	s.mu.Unlock()
 	tell()
 	return cs.Run(ctx)

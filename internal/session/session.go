@@ -76,6 +76,7 @@ type Session struct {
 	end       error         // why the session ended
 	trouble   error         // the last failure of what is tried again, nil when all is well
 	latest    *path.Report  // of this node's network, nil before the first
+	retry     func()        // makes the connection to control look for itself; nil like told
 	told      func()        // makes control hear of latest; nil before there is somebody to tell
 	login     error         // a person has to log in; nil if not
 	loginTold error         // the last login that WaitLogin returned
