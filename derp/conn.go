@@ -43,6 +43,7 @@ type Conn struct {
 	nc  net.Conn
 	cfg ConnConfig
 	in  reader
+	out *Gather // under the TLS of nc; nil if there is none
 
 	wake chan struct{} // capacity 1; tells a waiting WriteLoop that there is work
 	done chan struct{} // closed by Close
@@ -98,6 +99,7 @@ func NewConn(nc net.Conn, early []byte, cfg ConnConfig) *Conn {
 		nc:   nc,
 		cfg:  cfg,
 		in:   newReader(nc, early),
+		out:  gatherUnder(nc),
 		wake: make(chan struct{}, 1),
 		done: make(chan struct{}),
 	}
@@ -248,8 +250,9 @@ func (c *Conn) WriteLoop() error {
 	}
 }
 
-// write sends a batch: with one system call where the connection is bare TCP,
-// and otherwise chunk by chunk, for which chunks have the size of a TLS record.
+// write sends a batch: with one system call where the connection is bare TCP or
+// has a Gather, and otherwise chunk by chunk, for which chunks have the size of
+// a TLS record.
 func (c *Conn) write(batch []*chunk) error {
 	if tcp, ok := c.nc.(*net.TCPConn); ok {
 		c.bufs = c.bufs[:0]
@@ -262,11 +265,20 @@ func (c *Conn) write(batch []*chunk) error {
 		c.bufs = all
 		return err
 	}
-	for _, k := range batch {
-		c.nc.SetWriteDeadline(time.Now().Add(c.cfg.WriteTimeout))
+	gather := c.out != nil && len(batch) > 1
+	if gather {
+		c.out.hold()
+	}
+	for i, k := range batch {
+		if i == 0 || !gather {
+			c.nc.SetWriteDeadline(time.Now().Add(c.cfg.WriteTimeout))
+		}
 		if _, err := c.nc.Write(k.bytes()); err != nil {
 			return err
 		}
+	}
+	if gather {
+		return c.out.release()
 	}
 	return nil
 }

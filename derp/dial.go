@@ -154,7 +154,7 @@ func (cfg *ClientConfig) startTLS(ctx context.Context, nc net.Conn) (*tls.Conn, 
 			return verifyChain(cs.PeerCertificates, cfg.Target.CertName, cfg.RootCAs)
 		}
 	}
-	tc := tls.Client(nc, conf)
+	tc := tls.Client(NewGather(nc), conf)
 	return tc, tc.HandshakeContext(ctx)
 }
 

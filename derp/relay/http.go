@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"mesh/derp"
 )
 
 // Handler returns the HTTP side of the relay: the upgrade at /derp, the
@@ -75,7 +77,7 @@ func (s *Server) Serve(ln net.Listener, conf *tls.Config) error {
 
 	var gated net.Listener = gatedListener{ln, s.gate}
 	if conf != nil {
-		gated = tls.NewListener(gated, conf)
+		gated = tls.NewListener(gatherListener{gated}, conf)
 	}
 	err := h.Serve(gated)
 	h.Close()
@@ -84,6 +86,17 @@ func (s *Server) Serve(ln net.Listener, conf *tls.Config) error {
 		return nil
 	}
 	return fmt.Errorf("relay: serve %v: %w", ln.Addr(), err)
+}
+
+// gatherListener prepares connections for TLS whose records go out by batches.
+type gatherListener struct{ net.Listener }
+
+func (l gatherListener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return derp.NewGather(nc), nil
 }
 
 type logWriter struct{ logger *zap.Logger }
@@ -168,7 +181,11 @@ func (s *Server) takeOver(nc net.Conn, rw *bufio.ReadWriter) (early []byte, bare
 		return early, g.Conn, g.ticket, nil
 	}
 	if t, ok := nc.(*tls.Conn); ok {
-		if g, ok := t.NetConn().(*gatedConn); ok {
+		under := t.NetConn()
+		if g, ok := under.(*derp.Gather); ok {
+			under = g.NetConn()
+		}
+		if g, ok := under.(*gatedConn); ok {
 			return early, nc, g.ticket, nil
 		}
 	}
