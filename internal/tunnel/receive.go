@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"encoding/binary"
 	"sync"
 	"time"
@@ -148,9 +149,36 @@ func (t *Tunnel) heard(p *peer, s *session, now time.Time, data bool) {
 	if !s.confirmed.Load() && !s.confirmed.Swap(true) {
 		t.confirm(p, s, now)
 	}
-	if s.initiator && now.Sub(s.born) >= rekeyLate && p.current.Load() == s && !s.renewed.Swap(true) {
+	if !s.heard.Load() {
+		s.heard.Store(true)
+	}
+	current := p.current.Load()
+	if s.initiator && now.Sub(s.born) >= rekeyLate && (current == s || current == nil) && !s.renewed.Swap(true) {
 		t.begin(p, false)
 	}
+	if current != nil && current != s && t.parted(p, current, now) && !current.renewed.Swap(true) {
+		t.begin(p, false)
+	}
+}
+
+// partedAfter is how long a peer may take to use the session that we use.
+const partedAfter = 2 * time.Second
+
+// parted reports whether the peer goes on with another session than the one that
+// we began and use: handshakes crossed and each holds the other's for the
+// older, or it has lost ours. Upstream's Device can mix up two that arrive at
+// the very same moment, and would not hear us until the next. Of two nodes that
+// both see it one waits longer, or they would cross again.
+func (t *Tunnel) parted(p *peer, s *session, now time.Time) bool {
+	if !s.initiator || s.heard.Load() {
+		return false
+	}
+	after := partedAfter
+	own, theirs := t.keys.Load().current.public.Bytes(), p.key.Bytes()
+	if bytes.Compare(own[:], theirs[:]) < 0 {
+		after += after / 2
+	}
+	return now.Sub(s.born) >= after
 }
 
 // deliver hands over the packets of one session, those of them that are the

@@ -84,6 +84,11 @@ func (t *Tunnel) stage(p *peer, packets [][]byte, now time.Time) *session {
 	t.mu.RUnlock()
 	dropped := p.stage(chosen)
 	idle := p.begun == nil
+	if p.next != nil && idle && now.Sub(p.next.born) < firstRetries[0] {
+		// The peer has begun one a moment ago, and will use it at once.
+		idle = false
+		t.wake(p, p.next.born.Add(firstRetries[0]))
+	}
 	p.mu.Unlock()
 	t.stats.dropDestination.Add(uint64(refused))
 	t.stats.dropStalled.Add(uint64(dropped))

@@ -41,7 +41,8 @@ type session struct {
 	// confirmed: the peer has used it. An initiator is answered, which is as
 	// good; a responder sends nothing before.
 	confirmed atomic.Bool
-	renewed   atomic.Bool // a handshake for its successor was begun for its age
+	renewed   atomic.Bool // a handshake for its successor was begun
+	heard     atomic.Bool // something came by it
 
 	mu   sync.Mutex // guards seen
 	seen replay.Filter

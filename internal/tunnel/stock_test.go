@@ -259,6 +259,7 @@ func duo(t *testing.T, nw *network, change ...func(*Config)) (*ether, *node, *st
 func exchange(t *testing.T, n *node, s *stock, text string) {
 	t.Helper()
 	s.say(n.v4, text)
+	synctest.Wait() // handshakes that cross have a test of their own
 	if err := n.t.Send(s.key, [][]byte{packet(n.v4, s.v4, text)}); err != nil {
 		t.Fatal(err)
 	}
@@ -523,7 +524,7 @@ func TestJudgeBadNetwork(t *testing.T) {
 		for i := range count {
 			s.say(n.v4, fmt.Sprint("s", i))
 			n.t.Send(s.key, [][]byte{packet(n.v4, s.v4, fmt.Sprint("n", i))})
-			time.Sleep(time.Duration(rng.IntN(1000)) * time.Millisecond)
+			time.Sleep(time.Duration(i*389%1000) * time.Millisecond)
 		}
 		time.Sleep(20 * time.Second)
 		synctest.Wait()

@@ -102,6 +102,7 @@ func (t *Tunnel) tend(p *peer) {
 	s := p.current.Load()
 	t.prune(p, now)
 	again := p.begun != nil && !now.Before(p.retry)
+	stuck := p.begun == nil && len(p.staged) > 0
 	p.mu.Unlock()
 
 	if owed := p.owed.Load(); owed != 0 && at >= owed+int64(keepaliveAfter) {
@@ -118,7 +119,7 @@ func (t *Tunnel) tend(p *peer) {
 	switch {
 	case again:
 		t.begin(p, true)
-	case silent:
+	case silent || stuck:
 		t.begin(p, false)
 	}
 
@@ -133,6 +134,8 @@ func (t *Tunnel) tend(p *peer) {
 	defer p.mu.Unlock()
 	if p.begun != nil {
 		t.wake(p, p.retry)
+	} else if len(p.staged) > 0 {
+		t.wake(p, now.Add(firstRetries[0]))
 	}
 	for _, s := range append([]*session{p.current.Load(), p.next}, p.old...) {
 		if s != nil {
