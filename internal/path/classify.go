@@ -105,7 +105,7 @@ func (p *Path) wireguardUDP(from netip.AddrPort, datagrams [][]byte) {
 	pe := p.peers.at(from)
 	if pe == nil {
 		for _, b := range datagrams {
-			if len(b) == initiationLen && b[0] == 1 {
+			if isInitiation(b) {
 				p.hold(heldPacket{src: src}, b) // of somebody whom the netmap names soon, maybe
 			}
 		}
@@ -115,6 +115,11 @@ func (p *Path) wireguardUDP(from netip.AddrPort, datagrams [][]byte) {
 		pe.received.Store(now)
 		if d := pe.direct.Load(); d != nil && *d == from {
 			pe.heardUDP.Store(now)
+		}
+		for _, b := range datagrams {
+			if isInitiation(b) {
+				pe.asked.Store(askedByUDP)
+			}
 		}
 	}
 	p.cfg.Receive(src, datagrams)
@@ -139,6 +144,9 @@ func (p *Path) relayPackets(region int, from identity.NodePublic, datagrams [][]
 	p.doubt(pe)
 	start := 0
 	for i, b := range datagrams {
+		if isInitiation(b) {
+			pe.asked.Store(askedByRelay)
+		}
 		if !isDisco(b) {
 			continue
 		}

@@ -166,6 +166,7 @@ type Path struct {
 	avoid     []netip.AddrPort
 	guessing  bool // ports, for some peer
 	held      []heldPacket
+	late      []lateAnswer
 	ends      endpoints
 	home      home
 	calls     map[*peer]struct{} // CallMeMaybes that wait for fresh endpoints
@@ -452,6 +453,7 @@ func (p *Path) due(now instant) (next instant, ok bool) {
 		}
 	}
 	p.dueHeld(now)
+	p.dueLate(now)
 	for p.duePeer(now) {
 	}
 	p.dueEndpoints(now)
@@ -487,6 +489,9 @@ func (p *Path) due(now instant) (next instant, ok bool) {
 	}
 	if len(p.held) > 0 {
 		soon(p.held[0].at + holdFor)
+	}
+	if len(p.late) > 0 {
+		soon(p.late[0].at)
 	}
 	soon(p.ends.next)
 	soon(p.home.next)

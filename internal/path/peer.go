@@ -37,6 +37,7 @@ type peer struct {
 	away     atomic.Int32 // region of whose relay it is known not to be there, 0 = none
 	doubted  atomic.Int64 // instant until which packets by relay are no news
 	heard    atomic.Int32 // region by which the peer was last heard, 0 = none
+	asked    atomic.Int32 // askedByUDP or askedByRelay; 0 = never
 
 	born instant // not changed
 

@@ -98,6 +98,12 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 	region := p.relayFor(pe)
 	handshake := isHandshake(datagrams)
 	var err error = ErrNoPath
+	if isAnswer(datagrams) && p.sendAnswer(pe, now, direct, hint, region, datagrams) {
+		if !pe.awake.Load() || int64(now) >= pe.discover.Load() {
+			p.probe(pe, now)
+		}
+		return nil
+	}
 	udp := func(to netip.AddrPort, list [][]byte) {
 		if len(list) == 0 {
 			return
