@@ -24,7 +24,7 @@ const (
 	// to be offline: long enough to find out that it is wrong.
 	offlineTimeout = 3 * time.Second
 	// unknownTimeout is how long a Dial waits for the map of a name that is not
-	// known: of nodes that come up together each may be up before the other has
+	// known, and a Ping for a way to its peer: of nodes that come up together each may be up before the other has
 	// heard of it.
 	unknownTimeout = 300 * time.Millisecond
 )
@@ -153,7 +153,7 @@ func (n *Node) ping(ctx context.Context, host string, answer func(Pong)) error {
 	if peer.Expired {
 		return &RevokedError{Peer: id, Reason: "its key expired"}
 	}
-	err = s.Ping(ctx, id, answer)
+	err = s.Ping(ctx, id, unknownTimeout, answer)
 	switch {
 	case err == nil:
 		return nil

@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -66,15 +67,29 @@ func (s *Session) PathTo(peer identity.NodePublic) Path {
 	return p
 }
 
-// Ping asks a peer by all ways and hands each answer to the function.
-func (s *Session) Ping(ctx context.Context, peer identity.Peer, answer func(Pong)) error {
-	return s.engine.Load().Ping(ctx, peer.Key, func(g path.Pong) {
-		p := Pong{Peer: peer, Path: Path{Kind: "relay", Relay: g.Region, Latency: g.Latency}}
-		if g.Addr.IsValid() {
-			p.Kind, p.Endpoint = "direct", g.Addr
+// Ping asks a peer by all ways and hands each answer to the function. Of a peer
+// that has just come up no way may be known yet: the news are waited for, atMost.
+func (s *Session) Ping(ctx context.Context, peer identity.Peer, atMost time.Duration, answer func(Pong)) error {
+	for until := time.Now().Add(atMost); ; {
+		next := s.nextMap()
+		err := s.engine.Load().Ping(ctx, peer.Key, func(g path.Pong) {
+			p := Pong{Peer: peer, Path: Path{Kind: "relay", Relay: g.Region, Latency: g.Latency}}
+			if g.Addr.IsValid() {
+				p.Kind, p.Endpoint = "direct", g.Addr
+			}
+			answer(p)
+		})
+		if !errors.Is(err, path.ErrNoPath) {
+			return err
 		}
-		answer(p)
-	})
+		select {
+		case <-next:
+		case <-time.After(time.Until(until)):
+			return err
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // DescribePath says how packets to a peer were last sent, for error texts.
