@@ -287,6 +287,8 @@ type netmap struct {
 	policy int64
 	code   wire.ErrorCode
 	last   *wire.MapResponse
+	count  int                  // of messages
+	flows  *int                 // seconds between reports that the server asked for
 	seen   map[wire.NodeID]bool // every node that any message named
 }
 
@@ -355,6 +357,10 @@ func (n *netmap) read() error {
 		return err
 	}
 	n.last = m
+	n.count++
+	if m.MeshReportFlows != nil {
+		n.flows = m.MeshReportFlows
+	}
 	if m.Node != nil {
 		n.self = m.Node
 	}
