@@ -45,7 +45,9 @@ func sees(t *testing.T, n *mesh.Node, what string, ok func(mesh.PeerStatus) bool
 func TestNodeChanges(t *testing.T) {
 	s := startServer(t, "--policy", writeFile(t, ownersPolicy))
 	s.ok("user", "create", "alice")
-	key := func(args ...string) string { return strings.TrimSpace(s.ok(append([]string{"key", "create"}, args...)...)) }
+	key := func(args ...string) string {
+		return strings.TrimSpace(s.ok(append([]string{"key", "create"}, args...)...))
+	}
 	web := s.agent("web", key("--tag", "tag:web"))
 	app := s.agent("app", key("--user", "alice", "--node-expiry", "30d"))
 	if got := s.ok("key", "list"); !strings.Contains(got, "expire after 30d") || !strings.Contains(got, "default") {
