@@ -18,7 +18,7 @@ type ConnConfig struct {
 	DataPackets  int           // queued packets that are not path discovery; default 512
 	DataBytes    int           // and their bytes; default 512 KiB, at least one packet of MaxPacket fits
 	DiscoPackets int           // queued path discovery messages; default 32
-	Fair         bool          // no key takes the place of others among the packets
+	Fair         bool          // among the packets no key takes the place of others
 }
 
 const (
@@ -107,7 +107,7 @@ func NewConn(nc net.Conn, early []byte, cfg ConnConfig) *Conn {
 	c.queues[Disco] = queue{maxFrames: cfg.DiscoPackets, maxBytes: maxDiscoBytes}
 	c.queues[Data] = queue{maxFrames: cfg.DataPackets, maxBytes: max(cfg.DataBytes, FrameHeaderLen+MaxFrame)}
 	if cfg.Fair {
-		c.queues[Data].pushed = make(map[[identity.KeyLen]byte]int)
+		c.queues[Data].shares = make(map[[identity.KeyLen]byte]*keyShare)
 	}
 	return c
 }
@@ -156,7 +156,7 @@ func (c *Conn) EnqueuePackets(p Priority, t FrameType, key identity.NodePublic, 
 	}
 	q := &c.queues[p]
 	before := q.dropped
-	for _, b := range q.share(&raw, packets) {
+	for _, b := range packets {
 		q.push(t, &raw, b)
 	}
 	c.wakeLocked()

@@ -474,3 +474,91 @@ func TestFairQueue(t *testing.T) {
 		t.Errorf("%d frames of the only peer", n)
 	}
 }
+
+// In a fair queue each key keeps its order, the shares always add up to what is
+// in the queue, and who takes little loses nothing to those who flood.
+func TestFairQueueAgainstModel(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 6))
+	for range 30 {
+		q := queue{maxFrames: 20 + rng.IntN(80), maxBytes: FrameHeaderLen + MaxFrame + rng.IntN(200<<10),
+			shares: make(map[[identity.KeyLen]byte]*keyShare)}
+		var seen, next [6]uint32 // by key: the last number taken, and the next to push
+		var taken, pushed uint64
+		drain := func(room int) {
+			for _, k := range q.take(nil, &room) {
+				for b := k.bytes(); len(b) > 0; taken++ {
+					_, n, err := parseHeader(b)
+					if err != nil {
+						t.Fatal(err)
+					}
+					body := b[FrameHeaderLen+identity.KeyLen:]
+					id, seq := b[FrameHeaderLen], binary.BigEndian.Uint32(body)
+					if seq <= seen[id] {
+						t.Fatalf("number %d of key %d after %d", seq, id, seen[id])
+					}
+					seen[id] = seq
+					b = b[FrameHeaderLen+n:]
+				}
+				k.free()
+			}
+		}
+		for step := range 3000 {
+			id := rng.IntN(len(next))
+			if step%3 != 0 {
+				id = step / 500 % len(next) // one that floods
+			}
+			next[id]++
+			pushed++
+			body := make([]byte, 4+rng.IntN(2000))
+			if rng.IntN(200) == 0 {
+				body = make([]byte, MaxPacket)
+			}
+			binary.BigEndian.PutUint32(body, next[id])
+			q.push(FrameRecvPacket, &[identity.KeyLen]byte{byte(id)}, body)
+			if rng.IntN(60) == 0 {
+				drain(rng.IntN(100 << 10))
+			}
+			frames, bytes := 0, 0
+			for key, s := range q.shares {
+				if s.frames <= 0 || s.key != key {
+					t.Fatalf("share %+v of key %d", s, key[0])
+				}
+				frames += s.frames
+				bytes += s.bytes
+			}
+			if frames != q.frames || bytes != q.bytes || q.frames > q.maxFrames || q.bytes > q.maxBytes {
+				t.Fatalf("shares of %d frames %d bytes, queue has %d and %d", frames, bytes, q.frames, q.bytes)
+			}
+		}
+		drain(1 << 30)
+		if taken+q.dropped != pushed || len(q.shares) != 0 {
+			t.Errorf("%d taken, %d dropped of %d; %d shares left", taken, q.dropped, pushed, len(q.shares))
+		}
+	}
+}
+
+// Who sends little loses nothing, however fast the writer lets the others push.
+func TestFairQueueWhileDraining(t *testing.T) {
+	q := queue{maxFrames: 512, maxBytes: 512 << 10, shares: make(map[[identity.KeyLen]byte]*keyShare)}
+	busy, quiet := [identity.KeyLen]byte{1}, [identity.KeyLen]byte{2}
+	got := 0
+	for range 200 {
+		q.push(FrameRecvPacket, &quiet, []byte("quiet"))
+		for range 300 {
+			q.push(FrameRecvPacket, &busy, make([]byte, 1300))
+		}
+		room := maxBatch
+		for _, k := range q.take(nil, &room) {
+			got += bytes.Count(k.bytes(), []byte("quiet"))
+			k.free()
+		}
+	}
+	room := 1 << 30
+	for _, k := range q.take(nil, &room) {
+		got += bytes.Count(k.bytes(), []byte("quiet"))
+		k.free()
+	}
+	if got < 190 {
+		t.Errorf("%d of 200 packets came through", got)
+	}
+}

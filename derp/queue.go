@@ -17,6 +17,20 @@ type chunk struct {
 	head   int // frames before it were dropped
 	frames int
 	pooled bool
+	runs   []keyRun // whose frames these are, if the queue is fair
+	run0   int      // runs before it were dropped
+}
+
+// keyRun is a row of frames of one key.
+type keyRun struct {
+	of            *keyShare
+	frames, bytes int
+}
+
+// keyShare is what one key has in a queue.
+type keyShare struct {
+	key           [identity.KeyLen]byte
+	frames, bytes int
 }
 
 var chunks = sync.Pool{New: func() any {
@@ -34,7 +48,8 @@ func (k *chunk) bytes() []byte { return k.b[k.head:] }
 
 func (k *chunk) free() {
 	if k.pooled {
-		k.b, k.head, k.frames = k.b[:0], 0, 0
+		clear(k.runs) // the shares belong to the queue
+		k.b, k.head, k.frames, k.runs, k.run0 = k.b[:0], 0, 0, k.runs[:0], 0
 		chunks.Put(k)
 	}
 }
@@ -50,43 +65,79 @@ type queue struct {
 	bytes   int
 	dropped uint64
 
-	// pushed counts frames by key since the last take, if the queue is to be
-	// fair; nil if not.
-	pushed map[[identity.KeyLen]byte]int
+	// shares says what each key has in the queue, if it is to be fair; nil if not.
+	shares map[[identity.KeyLen]byte]*keyShare
+	last   *keyShare   // of the frame pushed last, while it has any
+	spare  []*keyShare // for keys to come
 }
 
-// share returns which packets for key may be pushed: none if the queue is full
-// and this key had more than half of it since something was taken, while others
-// had some. One busy peer thus does not push the packets of others out.
-func (q *queue) share(key *[identity.KeyLen]byte, packets [][]byte) [][]byte {
-	if q.pushed == nil {
-		return packets
+// maxSpare bounds queue.spare.
+const maxSpare = 16
+
+// shareOf finds or makes the share of a key.
+func (q *queue) shareOf(key *[identity.KeyLen]byte) *keyShare {
+	if q.last != nil && q.last.key == *key {
+		return q.last
 	}
-	had := q.pushed[*key]
-	if had == 0 && len(q.pushed) >= q.maxFrames {
-		clear(q.pushed)
+	s := q.shares[*key]
+	if s == nil {
+		if n := len(q.spare); n > 0 {
+			s, q.spare = q.spare[n-1], q.spare[:n-1]
+		} else {
+			s = new(keyShare)
+		}
+		s.key = *key
+		q.shares[*key] = s
 	}
-	q.pushed[*key] = had + len(packets)
-	need := 0
-	for _, b := range packets {
-		need += FrameHeaderLen + len(key) + len(b)
-	}
-	full := q.frames+len(packets) > q.maxFrames || q.bytes+need > q.maxBytes
-	if !full || len(q.pushed) < 2 || had <= q.maxFrames/2 {
-		return packets
-	}
-	q.dropped += uint64(len(packets))
-	return nil
+	q.last = s
+	return s
 }
 
-// push appends a frame of an optional key and a body.
+// give takes a number of frames off a share, and forgets it when it is empty.
+func (q *queue) give(s *keyShare, frames, bytes int) {
+	s.frames -= frames
+	s.bytes -= bytes
+	if s.frames > 0 {
+		return
+	}
+	delete(q.shares, s.key)
+	if q.last == s {
+		q.last = nil
+	}
+	if len(q.spare) < maxSpare {
+		*s = keyShare{}
+		q.spare = append(q.spare, s)
+	}
+}
+
+// greedy reports whether a key has more than its equal part of a queue that it
+// shares with others. One frame is never too much.
+func (q *queue) greedy(s *keyShare) bool {
+	n := len(q.shares)
+	return n > 1 && s.frames > 1 && (s.frames*n > q.maxFrames || s.bytes*n > q.maxBytes)
+}
+
+// push appends a frame of an optional key and a body. In a fair queue that is
+// full, it drops the frame instead if its key has more than its part: one busy
+// peer does not push the packets of others out.
 func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body []byte) {
 	n := len(body)
 	if key != nil {
 		n += len(key)
 	}
 	need := FrameHeaderLen + n
+	var share *keyShare
+	if key != nil && q.shares != nil {
+		share = q.shareOf(key)
+		share.frames++
+		share.bytes += need
+	}
 	for q.frames > 0 && (q.frames >= q.maxFrames || q.bytes+need > q.maxBytes) {
+		if share != nil && q.greedy(share) {
+			q.give(share, 1, need)
+			q.dropped++
+			return
+		}
 		q.dropOldest()
 	}
 	var k *chunk
@@ -105,6 +156,14 @@ func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body []byte) {
 	k.frames++
 	q.frames++
 	q.bytes += need
+	if share != nil {
+		if n := len(k.runs); n == k.run0 || k.runs[n-1].of != share {
+			k.runs = append(k.runs, keyRun{of: share})
+		}
+		r := &k.runs[len(k.runs)-1]
+		r.frames++
+		r.bytes += need
+	}
 }
 
 func (q *queue) dropOldest() {
@@ -115,6 +174,15 @@ func (q *queue) dropOldest() {
 	q.frames--
 	q.bytes -= n
 	q.dropped++
+	if q.shares != nil {
+		r := &k.runs[k.run0]
+		r.frames--
+		r.bytes -= n
+		if r.frames == 0 {
+			k.run0++
+		}
+		q.give(r.of, 1, n)
+	}
 	if k.frames == 0 {
 		q.shift(1)
 		k.free()
@@ -137,12 +205,14 @@ func (q *queue) take(dst []*chunk, room *int) []*chunk {
 		*room -= len(k.bytes())
 		q.bytes -= len(k.bytes())
 		q.frames -= k.frames
+		for _, r := range k.runs[k.run0:] {
+			q.give(r.of, r.frames, r.bytes)
+		}
 		dst = append(dst, k)
 		n++
 	}
 	if n > 0 {
 		q.shift(n)
-		clear(q.pushed)
 	}
 	return dst
 }
@@ -153,4 +223,6 @@ func (q *queue) clear() {
 	}
 	clear(q.chunks)
 	q.chunks, q.frames, q.bytes = nil, 0, 0
+	q.last, q.spare = nil, nil
+	clear(q.shares)
 }

@@ -84,6 +84,7 @@ func (s *Server) Accept(ctx context.Context, nc net.Conn, rw *bufio.ReadWriter) 
 			DataPackets:  cfg.DataPackets,
 			DataBytes:    cfg.DataBytes,
 			DiscoPackets: cfg.DiscoPackets,
+			Fair:         true,
 		}),
 		unknown: rate.NewLimiter(unknownRate, unknownBurst),
 	}
