@@ -14,7 +14,13 @@ import (
 // Run builds the program in the current directory and runs the tests of
 // mesh/internal/interop, which is the directory above, with it. The flags -v,
 // -short, -race and -failfast of the calling test apply.
-func Run(t *testing.T) {
+func Run(t *testing.T) { run(t, os.Getenv("MESH_INTEROP_RUN"), ".") }
+
+// RunGrid compares where stock clients and nodes of ours find direct paths, in
+// the laboratory of mesh/internal/natlab.
+func RunGrid(t *testing.T) { run(t, "TestGridBesideStock", "../natlab") }
+
+func run(t *testing.T, tests, folder string) {
 	if runtime.GOOS != "linux" {
 		t.Skip("needs network namespaces of Linux")
 	}
@@ -32,17 +38,17 @@ func Run(t *testing.T) {
 	if raceEnabled {
 		args = append(args, "-race")
 	}
-	if f := os.Getenv("MESH_INTEROP_RUN"); f != "" {
-		args = append(args, "-run", f)
+	if tests != "" {
+		args = append(args, "-run", tests)
 	}
 	if f := flag.Lookup("test.failfast"); f != nil && f.Value.String() == "true" {
 		args = append(args, "-failfast")
 	}
-	cmd := exec.Command("go", append(args, ".")...)
+	cmd := exec.Command("go", append(args, folder)...)
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), "MESH_STOCK="+program)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
-		t.Fatalf("mesh/internal/interop: %v", err)
+		t.Fatalf("%s: %v", folder, err)
 	}
 }
