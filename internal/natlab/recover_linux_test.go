@@ -146,6 +146,8 @@ func recover1(t *testing.T, r recovery) {
 	if before.Path != r.before {
 		t.Fatalf("the path is %q at the beginning; %+v", before.Path, before)
 	}
+	// Besides, a connection whose bytes are compared.
+	w.a.Must("flow", "nb:7", nil)
 	last := 10*r.goal + r.heal
 	during := make(chan actor.Beaten, 1)
 	go func() {
@@ -160,6 +162,9 @@ func recover1(t *testing.T, r recovery) {
 		heal()
 	}
 	b := <-during
+	if err := w.a.Call(t.Context(), "endflow", nil, nil); err != nil {
+		t.Errorf("the other connection: %v", err)
+	}
 	if b.Error != "" {
 		t.Errorf("the connection broke: %s", b.Error)
 	}
