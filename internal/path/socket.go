@@ -215,23 +215,42 @@ func train(datagrams [][]byte) int {
 	return n
 }
 
-// trainBuffer is where the datagrams of a train are laid end to end.
-type trainBuffer struct {
-	data [maxTrain]byte
-	oob  [oobLen]byte
+// endToEnd returns the bytes of datagrams that lie end to end in memory already,
+// as those of the tunnel do, and nil for others. None may be empty.
+func endToEnd(datagrams [][]byte) []byte {
+	all, n := datagrams[0], len(datagrams[0])
+	all = all[:cap(all)]
+	for _, d := range datagrams[1:] {
+		if len(all)-n < len(d) || &all[n] != &d[0] {
+			return nil
+		}
+		n += len(d)
+	}
+	return all[:n:n]
 }
 
-var trains = sync.Pool{New: func() any { return new(trainBuffer) }}
+// trains are buffers where datagrams are laid end to end, controls those of
+// control messages.
+var (
+	trains   = sync.Pool{New: func() any { return new([maxTrain]byte) }}
+	controls = sync.Pool{New: func() any { return new([oobLen]byte) }}
+)
 
 func (s *socket) writeTrain(to netip.AddrPort, datagrams [][]byte) error {
-	t := trains.Get().(*trainBuffer)
-	defer trains.Put(t)
-	n := 0
-	for _, b := range datagrams {
-		n += copy(t.data[n:], b)
+	data := endToEnd(datagrams)
+	if data == nil {
+		t := trains.Get().(*[maxTrain]byte)
+		defer trains.Put(t)
+		n := 0
+		for _, b := range datagrams {
+			n += copy(t[n:], b)
+		}
+		data = t[:n]
 	}
-	oob := segmentControl(t.oob[:], uint16(len(datagrams[0])))
-	_, _, err := s.udp.WriteMsgUDPAddrPort(t.data[:n], oob, to)
+	c := controls.Get().(*[oobLen]byte)
+	defer controls.Put(c)
+	oob := segmentControl(c[:], uint16(len(datagrams[0])))
+	_, _, err := s.udp.WriteMsgUDPAddrPort(data, oob, to)
 	if err == nil || !offloadRefused(err) {
 		return err
 	}

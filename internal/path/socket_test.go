@@ -2,6 +2,7 @@ package path
 
 import (
 	"context"
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
@@ -40,6 +41,75 @@ func TestTrain(t *testing.T) {
 			t.Errorf("%d × %d…: %d, want %d", len(c.sizes), c.sizes[0], got, c.want)
 		}
 	}
+}
+
+// What lies end to end in memory is sent as it lies, what does not is copied, and
+// both arrive alike.
+func TestEndToEnd(t *testing.T) {
+	buf := make([]byte, 0, 4096)
+	lay := func(sizes ...int) (out [][]byte) {
+		buf = buf[:0]
+		for _, n := range sizes {
+			at := len(buf)
+			for range n {
+				buf = append(buf, byte(len(buf)*7))
+			}
+			out = append(out, buf[at:len(buf)])
+		}
+		return out
+	}
+	cut := func(list [][]byte) [][]byte { // the first without what follows it
+		return append([][]byte{list[0][:len(list[0]):len(list[0])]}, list[1:]...)
+	}
+	apart := lay(100, 100, 100)
+	sets := map[string]struct {
+		datagrams [][]byte
+		lies      bool
+	}{
+		"one":       {lay(100), true},
+		"three":     {lay(100, 100, 40), true},
+		"a gap":     {[][]byte{apart[0], apart[2]}, false},
+		"backwards": {[][]byte{apart[1], apart[0]}, false},
+		"the same":  {[][]byte{apart[1], apart[1]}, false},
+		"cut":       {cut(apart), false},
+		"elsewhere": {[][]byte{apart[2], make([]byte, 100)}, false},
+		"beyond":    {[][]byte{buf[4000:4096], buf[:96]}, false},
+	}
+	from, to := loopbackSocket(t), loopbackSocket(t)
+	for name, set := range sets {
+		all := endToEnd(set.datagrams)
+		if (all != nil) != set.lies || set.lies && !slices.Equal(all, slices.Concat(set.datagrams...)) {
+			t.Errorf("%s: %d bytes", name, len(all))
+		}
+		dst := to.pc.LocalAddr().(*net.UDPAddr).AddrPort()
+		if err := from.write(dst, set.datagrams); err != nil {
+			t.Fatal(err)
+		}
+		r := to.reader()
+		for i := 0; i < len(set.datagrams); {
+			got, _, err := r.read()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range got {
+				if !slices.Equal(d, set.datagrams[i]) {
+					t.Errorf("%s: datagram %d is another", name, i)
+				}
+				i++
+			}
+		}
+	}
+}
+
+func loopbackSocket(t *testing.T) *socket {
+	t.Helper()
+	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pc.Close() })
+	pc.SetDeadline(time.Now().Add(20 * time.Second))
+	return newSocket(pc)
 }
 
 // TestNamedRelay finds the STUN server by the name of the relay.
