@@ -256,7 +256,11 @@ func (b *bed) rawLogin(key identity.NodePrivate) *raw {
 	if f.Type != derp.FrameServerInfo {
 		b.t.Fatalf("frame %#x", byte(f.Type))
 	}
-	if info, err := derp.OpenServerInfo(key, b.srv.Key(), f.Payload); err != nil || info != (derp.ServerInfo{Version: 2}) {
+	want := derp.ServerInfo{Version: 2}
+	if n := b.srv.cfg.BytesPerSecond; n > 0 {
+		want.TokenBucketBytesPerSecond, want.TokenBucketBytesBurst = n, max(n, derp.FrameHeaderLen+derp.MaxFrame)
+	}
+	if info, err := derp.OpenServerInfo(key, b.srv.Key(), f.Payload); err != nil || info != want {
 		b.t.Fatal(info, err)
 	}
 	return r

@@ -43,13 +43,20 @@ func newGate(max, perSource int) *gate {
 	return &gate{max: max, perSource: perSource, sources: make(map[netip.Addr]*list.List)}
 }
 
-// enter takes a place. cut is called, without locks, if the connection has to
-// give it up.
-func (g *gate) enter(source netip.Addr, cut func()) (*ticket, error) {
+// sourceGroup is what counts as one source: an IPv4 address, or the /64 that one
+// IPv6 host usually has all of.
+func sourceGroup(source netip.Addr) netip.Addr {
 	if source.Is6() {
 		p, _ := source.WithZone("").Prefix(64)
 		source = p.Addr()
 	}
+	return source
+}
+
+// enter takes a place. cut is called, without locks, if the connection has to
+// give it up.
+func (g *gate) enter(source netip.Addr, cut func()) (*ticket, error) {
+	source = sourceGroup(source)
 	now := time.Now()
 	g.mu.Lock()
 	mine := g.sources[source]

@@ -3,6 +3,7 @@ package relay
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -246,16 +247,21 @@ func TestHalfOpen(t *testing.T) {
 	inside.quiet() // those inside do not count and are not cut
 }
 
+// A client that does not keep to the rate it was told is read no faster.
 func TestClientRateLimit(t *testing.T) {
 	const perSecond = 200 << 10
 	b := newBed(t, Config{Admit: admitAll, BytesPerSecond: perSecond})
-	x, y := b.dial(), b.dial()
+	r := b.rawLogin(identity.NewNode())
+	key := identity.NewNode().Public().Bytes()
 	start := time.Now()
 	n := 0
-	for range 16 { // the burst and about one and a half seconds more
-		x.send(y.pub, strings.Repeat("x", 32<<10))
-		x.sync()
+	for i := range byte(16) { // the burst and about one and a half seconds more
+		r.write(derp.FrameSendPacket, key[:], make([]byte, 32<<10))
 		n += 32 << 10
+		r.write(derp.FramePing, bytes.Repeat([]byte{i}, 8))
+		if f := r.read(); f.Type != derp.FramePong || f.Payload[0] != i {
+			t.Fatalf("%#x %x", byte(f.Type), f.Payload)
+		}
 	}
 	// Not faster than allowed; how much slower is the machine's business.
 	if allowed := perSecond + int(time.Since(start).Seconds()*perSecond) + derp.MaxFrame; n > allowed {
@@ -263,6 +269,83 @@ func TestClientRateLimit(t *testing.T) {
 	}
 	if n < 2*perSecond {
 		t.Error("test sends too little")
+	}
+	if b.srv.Stats().Paused == 0 {
+		t.Error("no pause counted")
+	}
+}
+
+// A client of ours that is above the rate drops packets itself, and never waits.
+func TestClientKeepsRate(t *testing.T) {
+	b := newBed(t, Config{Admit: admitAll, BytesPerSecond: 100 << 10, BytesBurst: 1})
+	x, y := b.dial(), b.dial()
+	for range 100 {
+		x.send(y.pub, strings.Repeat("x", 32<<10))
+	}
+	if x.Dropped() < 90 {
+		t.Errorf("%d of 100 packets dropped", x.Dropped())
+	}
+	x.sync()
+	if n := len(y.in); n == 0 {
+		y.next() // the first two fit into the burst
+	}
+}
+
+// Many connections from one place do not keep out those from elsewhere.
+func TestMaxPerSource(t *testing.T) {
+	b := newBed(t, Config{Admit: admitAll, MaxPerSource: 3})
+	a := b.dial()
+	b.dial()
+	b.dial()
+	if _, err := derp.Dial(t.Context(), b.config(identity.NewNode())); !errors.Is(err, derp.ErrNotAdmitted) {
+		t.Errorf("one too many: %v", err)
+	}
+	a.Close()
+	until(t, "a place is free", func() bool { return b.srv.Stats().Clients == 2 })
+	b.dial()
+}
+
+// One sender that floods a receiver leaves room there for the packets of others.
+func TestFloodLeavesRoom(t *testing.T) {
+	b := newBed(t, Config{Admit: admitAll})
+	flooder, x, y := b.dial(), b.dial(), b.rawLogin(identity.NewNode())
+	key := b.keyOtherThan(flooder, x)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		p := make([]byte, 1300)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				flooder.Send(key, p, p, p, p, p, p, p, p)
+			}
+		}
+	})
+	// y reads slower than the flood comes.
+	until(t, "the flood overflows", func() bool { return b.srv.Stats().Dropped > 1000 })
+	const n = 200
+	got := 0
+	read := func() {
+		f := y.read()
+		if src, _, ok := derp.SplitKey(f.Payload); ok && src == x.pub {
+			got++
+		}
+	}
+	for range n {
+		x.send(key, "small")
+		for range 60 {
+			read()
+		}
+	}
+	for range 3000 {
+		read()
+	}
+	close(stop)
+	wg.Wait()
+	if got < n*8/10 {
+		t.Errorf("%d of %d packets beside the flood", got, n)
 	}
 }
 

@@ -54,11 +54,16 @@ type Config struct {
 	MaxPending          int // connections that have not logged in; default 4096
 	MaxPendingPerSource int // and of one source address (IPv6: /64); default 512
 	MaxClients          int // logged-in connections; default 65536
+	MaxPerSource        int // and of one source address (IPv6: /64); default 8192
 	MaxPerKey           int // connections of one key, the oldest leaves first; default 8
 
-	// BytesPerSecond bounds what one client may send, by reading no faster.
-	// 0 means no limit.
+	// BytesPerSecond bounds what one client may send, in bytes of frames. It is
+	// told the rate at login, and whoever does not keep to it is read no
+	// faster. 0 means no limit.
 	BytesPerSecond int
+	// BytesBurst is how much may come at once after a pause; default
+	// BytesPerSecond, and at least one largest frame.
+	BytesBurst int
 }
 
 func (c Config) withDefaults() Config {
@@ -79,7 +84,10 @@ func (c Config) withDefaults() Config {
 	num(&c.MaxPending, 4096)
 	num(&c.MaxPendingPerSource, 512)
 	num(&c.MaxClients, 65536)
+	num(&c.MaxPerSource, 8192)
 	num(&c.MaxPerKey, 8)
+	num(&c.BytesBurst, c.BytesPerSecond)
+	c.BytesBurst = max(c.BytesBurst, derp.FrameHeaderLen+derp.MaxFrame)
 	if c.Logger == nil {
 		c.Logger = zap.NewNop()
 	}
@@ -107,7 +115,9 @@ type Server struct {
 	// joining holds connections whose key is known but not admitted yet, so
 	// that a revocation in this moment is not missed.
 	joining map[*session]struct{}
-	clients int // logged-in connections
+	clients int                // logged-in connections
+	sources map[netip.Addr]int // these by where they come from
+	notice  []byte             // what clients are told since Drain; nil before
 	// policy counts calls of Recheck; an answer of Admit from before is stale.
 	policy  uint64
 	servers map[*http.Server]struct{}
@@ -125,6 +135,7 @@ func New(cfg Config) *Server {
 		cancel:  cancel,
 		peers:   make(map[identity.NodePublic]*peer),
 		joining: make(map[*session]struct{}),
+		sources: make(map[netip.Addr]int),
 		servers: make(map[*http.Server]struct{}),
 	}
 }
@@ -192,6 +203,10 @@ func (s *Server) register(c *session, policy uint64) error {
 	p.active.Store(c)
 	c.peer = p
 	s.clients++
+	s.sources[sourceGroup(c.source)]++
+	if s.notice != nil {
+		c.conn.EnqueueControl(derp.FrameRestarting, s.notice)
+	}
 	var oldest *session
 	if len(p.sessions) > s.cfg.MaxPerKey {
 		oldest = p.sessions[0]
@@ -222,6 +237,8 @@ func (s *Server) mayJoinLocked(c *session, policy uint64) error {
 		return errStale
 	case s.clients >= s.cfg.MaxClients:
 		return errors.New("too many clients")
+	case s.sources[sourceGroup(c.source)] >= s.cfg.MaxPerSource:
+		return errors.New("too many clients of this source")
 	}
 	return nil
 }
@@ -237,6 +254,12 @@ func (s *Server) unregister(c *session) {
 		return
 	}
 	s.clients--
+	s.counters.dropped.Add(c.conn.Dropped()) // with Stats it is counted once at any moment
+	if g := sourceGroup(c.source); s.sources[g] > 1 {
+		s.sources[g]--
+	} else {
+		delete(s.sources, g)
+	}
 	if n := len(p.sessions); n > 0 {
 		p.several.Store(n > 1)
 		p.active.CompareAndSwap(c, p.sessions[n-1])
@@ -370,43 +393,6 @@ func (s *Server) Connected() []identity.NodePublic {
 		keys = append(keys, key)
 	}
 	return keys
-}
-
-// counters are the running sums behind Stats.
-type counters struct {
-	packetsIn, bytesIn, packetsOut, unknown, dropped atomic.Uint64
-	accepted, refused, violations                    atomic.Uint64
-}
-
-// Stats is a snapshot of what the relay does. Counters start at New.
-type Stats struct {
-	Clients    int    // logged-in connections
-	Keys       int    // different keys among them
-	Pending    int    // connections that have not logged in
-	Accepted   uint64 // logins that succeeded
-	Refused    uint64 // logins that Admit refused
-	Evicted    uint64 // connections turned away or cut because too many were pending
-	Violations uint64 // connections closed because the client broke the protocol
-
-	PacketsIn  uint64 // packets received from clients
-	BytesIn    uint64 // and their bytes
-	PacketsOut uint64 // packets queued for a client; some of these may be in Dropped
-	Unknown    uint64 // packets for keys that are not connected
-	Dropped    uint64 // packets dropped from the queues of clients that have left since
-}
-
-// Stats returns a snapshot.
-func (s *Server) Stats() Stats {
-	s.mu.RLock()
-	st := Stats{Clients: s.clients, Keys: len(s.peers)}
-	s.mu.RUnlock()
-	k := &s.counters
-	st.Pending = s.gate.pending()
-	st.Accepted, st.Refused = k.accepted.Load(), k.refused.Load()
-	st.Evicted, st.Violations = s.gate.evictions(), k.violations.Load()
-	st.PacketsIn, st.BytesIn, st.PacketsOut = k.packetsIn.Load(), k.bytesIn.Load(), k.packetsOut.Load()
-	st.Unknown, st.Dropped = k.unknown.Load(), k.dropped.Load()
-	return st
 }
 
 // begin counts a goroutine that Close waits for; false means closed.

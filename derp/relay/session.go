@@ -31,6 +31,7 @@ type session struct {
 	peer    *peer // set by Server.register; guarded by Server.mu until then
 	revoked bool  // guarded by Server.mu
 
+	home    atomic.Bool // the client calls this relay its home
 	ended   atomic.Bool // end was called: nothing is passed on any more
 	endOnce sync.Once
 	cause   error // why; set by endOnce
@@ -90,8 +91,7 @@ func (s *Server) Accept(ctx context.Context, nc net.Conn, rw *bufio.ReadWriter) 
 	}
 	c.logger = cfg.Logger.With(zap.Stringer("source", c.source))
 	if cfg.BytesPerSecond > 0 {
-		burst := max(cfg.BytesPerSecond, derp.FrameHeaderLen+derp.MaxFrame)
-		c.limiter = rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), burst)
+		c.limiter = rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), cfg.BytesBurst)
 	}
 	defer context.AfterFunc(ctx, func() { c.end(ctx.Err()) })()
 	defer context.AfterFunc(s.ctx, func() { c.end(ErrClosed) })()
@@ -129,7 +129,6 @@ func (c *session) serve(nc net.Conn, pass *ticket) error {
 	c.end(err)
 	s.unregister(c)
 	writer.Wait()
-	s.counters.dropped.Add(c.conn.Dropped())
 	return err
 }
 
@@ -172,6 +171,9 @@ func (c *session) login(nc net.Conn) error {
 	// The connection is known to others, but nothing is written before this:
 	// WriteLoop does not run yet.
 	info := derp.ServerInfo{Version: derp.Version}
+	if c.limiter != nil {
+		info.TokenBucketBytesPerSecond, info.TokenBucketBytesBurst = s.cfg.BytesPerSecond, s.cfg.BytesBurst
+	}
 	if err := c.conn.WriteFrame(derp.FrameServerInfo, derp.SealServerInfo(s.cfg.Key, key, info)); err != nil {
 		return err
 	}
@@ -256,6 +258,7 @@ func (c *session) pause(n int) error {
 	if d <= 0 {
 		return nil
 	}
+	c.srv.counters.paused.Add(int64(d))
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -282,6 +285,7 @@ func (c *session) handle(f derp.Frame) error {
 		if len(f.Payload) != 1 {
 			return bad("wrong length")
 		}
+		c.home.Store(f.Payload[0] != 0)
 	case derp.FramePing:
 		if len(f.Payload) < derp.PingLen || len(f.Payload) > derp.MaxPing {
 			return bad("wrong length")
