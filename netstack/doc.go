@@ -14,8 +14,9 @@
 // ACK, RST, UDP, ICMP) is a batch of one packet. The buffer returns to the pool
 // when Out returns.
 //
-// In: Stack.In copies each packet into a buffer of gVisor's pool and delivers it.
-// UDP and ICMP are handled in the caller's goroutine. TCP segments are put into the
+// In: Stack.In copies each packet into a buffer of gVisor's pool and delivers it;
+// consecutive segments of one connection become one large segment in one buffer
+// (gro.go), which is handled once and answered by one acknowledgement. UDP and ICMP are handled in the caller's goroutine. TCP segments are put into the
 // queue of their endpoint, and one of GOMAXPROCS processor goroutines works on
 // them, so In does not wait for applications. Acknowledgements leave through
 // Config.Out from that processor.
