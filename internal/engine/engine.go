@@ -136,6 +136,7 @@ func New(c Config) (*Engine, error) {
 		Authenticated: func(peer identity.NodePublic, src tunnel.Source) {
 			e.path.Authenticated(peer, path.Source(src))
 		},
+		Reply:  func(to netip.AddrPort, datagram []byte) { e.path.Reply(to, datagram) },
 		Logger: c.Logger,
 	})
 	if err != nil {

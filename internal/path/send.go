@@ -44,6 +44,21 @@ func (p *Path) Send(key identity.NodePublic, hint netip.AddrPort, datagrams [][]
 	return p.sendBoth(pe, now, direct, hint, datagrams)
 }
 
+// maxReply is the most bytes that a stranger is sent.
+const maxReply = 128
+
+// Reply sends one small datagram to the address that a datagram of a stranger
+// came from: WireGuard's cookie, for somebody who knows our key and may be a peer
+// at an address that nobody has heard of. It leaves no trace of the address here.
+// The caller bounds how often; what is larger than a handshake's messages, or
+// for no address that could answer, is dropped.
+func (p *Path) Reply(to netip.AddrPort, datagram []byte) {
+	if to = unmap(to); !usable(to) || len(datagram) == 0 || len(datagram) > maxReply {
+		return
+	}
+	_ = p.writeUDP(to, [][]byte{datagram}) // he will ask again
+}
+
 // isHandshake reports whether datagrams begin with a handshake message of
 // WireGuard. Those go by every way even while one is trusted: a peer that was
 // restarted elsewhere begins with a handshake, and an answer to where it was

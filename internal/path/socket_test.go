@@ -101,6 +101,26 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
+// A stranger is sent what is small, and is no peer for it.
+func TestReply(t *testing.T) {
+	m := realNet(t)
+	a := realNode(t, m, func(c *Config) { c.LoopbackEndpoints = true })
+	stranger := loopbackSocket(t)
+	to := stranger.pc.LocalAddr().(*net.UDPAddr).AddrPort()
+	a.Reply(netip.AddrPort{}, []byte("nowhere"))
+	a.Reply(netip.AddrPortFrom(to.Addr(), 0), []byte("nowhere"))
+	a.Reply(ap("224.0.0.1:9"), []byte("to many"))
+	a.Reply(to, nil)
+	a.Reply(to, make([]byte, maxReply+1))
+	a.Reply(netip.AddrPortFrom(netip.AddrFrom16(to.Addr().As16()), to.Port()), []byte("cookie"))
+	got, from, err := stranger.reader().read()
+	if err != nil || len(got) != 1 || string(got[0]) != "cookie" || from.Port() != a.addr.Port() {
+		t.Errorf("%q from %v: %v", got, from, err)
+	}
+	b := realNode(t, m, func(c *Config) { c.RelayOnly = true })
+	b.Reply(to, []byte("no socket"))
+}
+
 func loopbackSocket(t *testing.T) *socket {
 	t.Helper()
 	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
