@@ -23,6 +23,8 @@ const (
 	// offlineTimeout bounds a Dial to a peer that the control server believes
 	// to be offline: long enough to find out that it is wrong.
 	offlineTimeout = 3 * time.Second
+	// awayTimeout is the same if its relay says so, too.
+	awayTimeout = 700 * time.Millisecond
 	// unknownTimeout is how long a Dial waits for the map of a name that is not
 	// known, and a Ping for a way to its peer: of nodes that come up together each may be up before the other has
 	// heard of it.
@@ -102,7 +104,7 @@ func (n *Node) dial(ctx context.Context, network, addr string) (*Conn, error) {
 	}
 	within, gaveUp := ctx, func() bool { return false }
 	if peer != nil && peer.Online != nil && !*peer.Online {
-		within, gaveUp = s.UnlessOffline(ctx, peer.ID, offlineTimeout)
+		within, gaveUp = s.UnlessOffline(ctx, peer.ID, awayTimeout, offlineTimeout)
 	}
 	c, err := s.Stack().DialTCP(within, netip.Addr{}, remote)
 	offline := gaveUp()

@@ -123,7 +123,9 @@ func TestOfflinePeer(t *testing.T) {
 	a, b := pair(t, m, func(*mesh.Node) {}, "direct")
 	b.Close()
 	meshtest.Until(t, "the peer to be known as offline", func() bool { return !a.Status().Peers[0].Online })
+	began := time.Now()
 	_, err := a.Dial(t.Context(), "tcp", "b:1")
+	t.Logf("found out in %v", time.Since(began))
 	var offline *mesh.PeerOfflineError
 	if !errors.As(err, &offline) || !errors.Is(err, mesh.ErrPeerOffline) || offline.LastSeen.IsZero() {
 		t.Fatalf("dial: %v", err)

@@ -25,6 +25,9 @@ type PeerStatus struct {
 	// RelayLatency is the round trip by relay as last measured while there was
 	// no trusted direct path, 0 = unknown.
 	RelayLatency time.Duration
+	// Away says that the relay of the peer's home region told that the peer is not
+	// connected to it.
+	Away bool
 	// Size is the largest datagram that goes by Direct, larger ones go by
 	// relay; 0 without Direct.
 	Size int
@@ -57,6 +60,7 @@ func (p *Path) Status(key identity.NodePublic) PeerStatus {
 		Region:       region,
 		Latency:      c.latency,
 		RelayLatency: c.relayed,
+		Away:         pe.home.Load() != 0 && pe.away.Load() == pe.home.Load(),
 		Size:         c.usableSize(),
 		Since:        p.time(c.since),
 		Why:          c.why,

@@ -49,19 +49,26 @@ func (s *Session) tellMap() {
 	s.another = make(chan struct{})
 }
 
+// awayCheck is how often UnlessOffline looks what the relay says.
+const awayCheck = 200 * time.Millisecond
+
 // UnlessOffline returns a context for a dial to a peer that control believes to
-// be offline: it ends after atMost, unless control hears from the peer meanwhile.
-// stop frees it and reports whether it ended for that reason; it must be called.
-func (s *Session) UnlessOffline(ctx context.Context, peer wire.NodeID, atMost time.Duration) (within context.Context, stop func() bool) {
+// be offline: it ends after atMost, or after atLeast if by then the peer's relay
+// says the same; unless control hears from the peer meanwhile. stop frees it and
+// reports whether it ended for that reason; it must be called.
+func (s *Session) UnlessOffline(ctx context.Context, peer wire.NodeID, atLeast, atMost time.Duration) (within context.Context, stop func() bool) {
 	within, cancel := context.WithCancel(ctx)
 	gaveUp := make(chan bool, 1)
-	go func() {
-		m := s.AwaitMap(within, atMost, func(m *netmap.Map) bool {
-			p, ok := m.PeerByID(peer)
-			return !ok || p.Online == nil || *p.Online
-		})
+	back := func(m *netmap.Map) bool {
 		p, ok := m.PeerByID(peer)
-		offline := ok && p.Online != nil && !*p.Online && within.Err() == nil
+		return !ok || p.Online == nil || *p.Online
+	}
+	go func() {
+		m := s.AwaitMap(within, atLeast, back)
+		for waited := atLeast; waited < atMost && !back(m) && within.Err() == nil && !s.isAway(m, peer); waited += awayCheck {
+			m = s.AwaitMap(within, awayCheck, back)
+		}
+		offline := !back(m) && within.Err() == nil
 		if offline {
 			cancel()
 		}
@@ -71,4 +78,15 @@ func (s *Session) UnlessOffline(ctx context.Context, peer wire.NodeID, atMost ti
 		cancel()
 		return <-gaveUp
 	}
+}
+
+// isAway reports whether a peer is known not to be at its relay, and no direct
+// path to it works.
+func (s *Session) isAway(m *netmap.Map, peer wire.NodeID) bool {
+	p, ok := m.PeerByID(peer)
+	if !ok {
+		return false
+	}
+	st := s.engine.Load().PathTo(p.Key)
+	return st.Away && !st.Trusted
 }
