@@ -29,6 +29,8 @@ from --key-file; there is no flag for it, since everybody on a machine may read 
 arguments of its processes.
 
 It prints where it listens, and "announced" when the control server has accepted it.
+Told to end, it sends nodes to other relays and goes when they have moved, or after
+--drain; a second signal ends it at once.
 The --region is a number that no other relay of the mesh has.`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		var cfg host.RelayConfig
@@ -43,6 +45,8 @@ The --region is a number that no other relay of the mesh has.`,
 		fs.StringVar(&cfg.RegionName, "name", "", "`NAME` of the region for people (default \"relay NUMBER\")")
 		fs.StringVar(&cfg.TLSCert, "tls-cert", "", "PEM `FILE` of the certificate (default one that nodes pin)")
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
+		fs.IntVar(&cfg.Rate, "rate", 0, "most `BYTES` a second from one node (default no limit)")
+		fs.DurationVar(&cfg.Drain, "drain", drainFor, "how `LONG` to wait at the end for nodes to move (default 5s)")
 		verbose := fs.Bool("v", false, "log what happens, on stderr")
 		return func(ctx context.Context, c *call) (err error) {
 			if cfg.ControlURL == "" {
@@ -80,6 +84,9 @@ The --region is a number that no other relay of the mesh has.`,
 		}
 	},
 }
+
+// drainFor is how long a relay waits for nodes to move elsewhere.
+const drainFor = 5 * time.Second
 
 func serveRelay(ctx context.Context, c *call, cfg host.RelayConfig) error {
 	states := make(chan error)

@@ -43,6 +43,7 @@ is encrypted, and the relay as TLS with a certificate of its own. With --tls-cer
 		fs.StringVar(&cfg.Domain, "domain", "", "`SUFFIX` of all names (default mesh.internal)")
 		fs.StringVar(&cfg.PolicyFile, "policy", "", "policy `FILE` to put in force (default the last one)")
 		fs.BoolVar(&cfg.NoRelay, "no-relay", false, "no relay and no STUN here: see mesh help relay")
+		fs.IntVar(&cfg.RelayRate, "relay-rate", 0, "most `BYTES` a second that a node may relay (default no limit)")
 		fs.StringVar(&cfg.TLSCert, "tls-cert", "", "PEM `FILE` of the certificate")
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
 		nodeExpiryFlag(fs, &cfg.NodeExpiry, "how `LONG` keys of users' nodes live: \"30d\" or \"never\" (default 90d)")
@@ -59,6 +60,7 @@ is encrypted, and the relay as TLS with a certificate of its own. With --tls-cer
 				return err
 			}
 			cfg.Logger = newLogger(c.stderr, *verbose)
+			cfg.Drain = drainFor
 			return serve(ctx, c, cfg)
 		}
 	},

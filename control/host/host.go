@@ -58,6 +58,10 @@ type Config struct {
 	// negative = they never expire. Keys of nodes with tags do not expire.
 	NodeExpiry time.Duration
 	NoRelay    bool // run no relay; another must announce itself
+	RelayRate  int  // most bytes a second that one node may send through the relay; 0 = no limit
+	// Drain is how long Close serves nodes on while they move to another relay,
+	// if one is connected; it ends as soon as they have. 0 = not at all.
+	Drain time.Duration
 	// TLSCert and TLSKey are PEM files. With them everything is TLS; without,
 	// control is plain HTTP (the protocol inside is encrypted) and the relay
 	// has a certificate of its own, which nodes pin.
@@ -200,6 +204,7 @@ func (h *Host) onClose(f func()) { h.closers = append(h.closers, f) }
 func (h *Host) Close() error {
 	h.shutdown.Do(func() {
 		close(h.closing)
+		h.drainRelay()
 		for i := len(h.closers) - 1; i >= 0; i-- {
 			h.closers[i]()
 		}

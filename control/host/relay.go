@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -93,11 +94,41 @@ func (h *Host) makeRelay(stunPort int) (*tls.Config, *wire.DERPRegion, error) {
 			}
 			return nil
 		},
-		Logger: h.log,
+		Logger:         h.log,
+		BytesPerSecond: h.cfg.RelayRate,
 	})
 	h.onClose(func() { h.relay.Close() })
 	region := newRegion(embeddedRegion, "mesh", "embedded relay", name, port, stunPort, id.pin)
 	return relay.TLSConfig(id.cert, h.relay), region, nil
+}
+
+// RelayStats tells what the embedded relay does; false if there is none.
+func (h *Host) RelayStats() (relay.Stats, bool) {
+	if h.relay == nil {
+		return relay.Stats{}, false
+	}
+	return h.relay.Stats(), true
+}
+
+// drainFor serves nodes until they have moved to another relay, no longer than
+// limit. 0 does nothing.
+func drainFor(r *relay.Server, limit time.Duration, log *zap.Logger) {
+	if r == nil || limit <= 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	// If this is a restart, the relay is back about when the drain would end.
+	if n := r.Drain(ctx, limit, time.Minute); n > 0 {
+		log.Info("relay ends with nodes at home here", zap.Int("connections", n))
+	}
+}
+
+// drainRelay lets nodes move from the embedded relay to another, if one is there.
+func (h *Host) drainRelay() {
+	if h.relay != nil && h.server != nil && h.server.RelaysConnected() > 0 {
+		drainFor(h.relay, h.cfg.Drain, h.log)
+	}
 }
 
 // newRegion is the relay map's entry for one relay.

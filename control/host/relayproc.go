@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -35,6 +36,12 @@ type RelayConfig struct {
 	// TLSCert and TLSKey are PEM files; without them the relay makes a
 	// certificate, which nodes pin.
 	TLSCert, TLSKey string
+	// Rate bounds what one node may send through the relay, in bytes a second;
+	// 0 = no limit.
+	Rate int
+	// Drain is how long Close serves nodes on while they move to another relay;
+	// it ends as soon as they have. 0 = not at all.
+	Drain time.Duration
 	// OnState, if not nil, is called with nil whenever the control server has
 	// named the members, and with the reason whenever it cannot be reached or
 	// refuses the relay. Calls come one after the other.
@@ -147,7 +154,7 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 	if err := r.client.Proven(); err != nil {
 		return nil, fmt.Errorf("%w with --control-key", err)
 	}
-	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log})
+	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log, BytesPerSecond: cfg.Rate})
 	r.wg.Go(func() {
 		if err := r.relay.Serve(ln, relay.TLSConfig(id.cert, r.relay)); err != nil && r.ctx.Err() == nil {
 			r.fail(fmt.Errorf("relay: %w", err))
@@ -194,9 +201,14 @@ func (r *Relay) fail(err error) {
 	}
 }
 
-// Close ends all connections and waits until nothing is left running.
+// Stats tells what the relay does.
+func (r *Relay) Stats() relay.Stats { return r.relay.Stats() }
+
+// Close lets nodes move to another relay (RelayConfig.Drain), ends all
+// connections and waits until nothing is left running.
 func (r *Relay) Close() error {
 	r.shutdown.Do(func() {
+		drainFor(r.relay, r.cfg.Drain, r.log) // control goes on saying who is a member
 		r.cancel()
 		r.stun.close()
 		if r.relay != nil {

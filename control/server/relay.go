@@ -84,6 +84,14 @@ func (s *Server) SetDERPMap(m *wire.DERPMap) {
 	s.derpChanged()
 }
 
+// RelaysConnected counts the relay processes that are connected to this server:
+// those besides the relays of Config.DERPMap.
+func (s *Server) RelaysConnected() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.relays.streams)
+}
+
 // derpChanged makes all streams send the relay map. Server.mu is held.
 func (s *Server) derpChanged() {
 	for _, n := range s.nodes.byID {
