@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -215,6 +216,12 @@ func (t *topology) withAbsent(policies ...*policy.Policy) []policy.Node {
 	add := func(n policy.Node) {
 		n.ID = next
 		next++
+		// Who has no address reaches nothing. This one is nobody's.
+		a := netip.MustParseAddr("fd7a:115c:a1e0:ffff::").As16()
+		for i := range 8 {
+			a[15-i] = byte(n.ID >> (8 * i))
+		}
+		n.Addrs = []netip.Addr{netip.AddrFrom16(a)}
 		nodes = append(nodes, n)
 	}
 	for _, u := range t.users {
