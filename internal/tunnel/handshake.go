@@ -256,6 +256,7 @@ func (t *Tunnel) begin(p *peer, again bool) {
 	if p.begun != nil {
 		t.dropIndex(p.begun.index)
 	}
+	h.sent = now
 	p.begun = h
 	p.attempts++
 	s := p.current.Load()
@@ -312,6 +313,7 @@ func (t *Tunnel) conclude(k *knocking) {
 		return
 	}
 	s := t.newSession(p, index, remote, send, receive, true, now)
+	s.trip = now.Sub(h.sent)
 	t.setIndex(index, s)
 	p.begun = nil
 	if p.next != nil { // theirs crossed ours: they may use it

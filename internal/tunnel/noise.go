@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"time"
 
 	"golang.org/x/crypto/blake2s"
 	"golang.org/x/crypto/chacha20poly1305"
@@ -131,6 +132,7 @@ type pending struct {
 	index     uint32
 	chain     digest
 	hash      digest
+	sent      time.Time
 	forged    int // answers that did not open; guarded by the lock of the peer
 }
 

@@ -105,6 +105,9 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 		if p := s.peer; p.here.Load() != ep {
 			p.here.Store(ep)
 		}
+		if !s.heard.Load() {
+			s.heard.Store(true)
+		}
 		t.heard(s.peer, s, now, len(plain) > 0)
 		if len(plain) > 0 {
 			c.packets = append(c.packets, plain)
@@ -149,9 +152,6 @@ func (t *Tunnel) heard(p *peer, s *session, now time.Time, data bool) {
 	if !s.confirmed.Load() && !s.confirmed.Swap(true) {
 		t.confirm(p, s, now)
 	}
-	if !s.heard.Load() {
-		s.heard.Store(true)
-	}
 	current := p.current.Load()
 	if s.initiator && now.Sub(s.born) >= rekeyLate && (current == s || current == nil) && !s.renewed.Swap(true) {
 		t.begin(p, false)
@@ -161,7 +161,8 @@ func (t *Tunnel) heard(p *peer, s *session, now time.Time, data bool) {
 	}
 }
 
-// partedAfter is how long a peer may take to use the session that we use.
+// partedAfter is how long a peer may take to use the session that we use, besides
+// two round trips.
 const partedAfter = 2 * time.Second
 
 // parted reports whether the peer goes on with another session than the one that
@@ -178,7 +179,7 @@ func (t *Tunnel) parted(p *peer, s *session, now time.Time) bool {
 	if bytes.Compare(own[:], theirs[:]) < 0 {
 		after += after / 2
 	}
-	return now.Sub(s.born) >= after
+	return now.Sub(s.born) >= after+2*s.trip
 }
 
 // deliver hands over the packets of one session, those of them that are the

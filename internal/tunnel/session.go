@@ -34,6 +34,7 @@ type session struct {
 	sealer    cipher.AEAD
 	opener    cipher.AEAD
 	born      time.Time
+	trip      time.Duration // of the handshake there and back, if we began it
 	quota     quota
 	initiator bool
 

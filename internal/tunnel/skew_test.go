@@ -21,6 +21,10 @@ var (
 // time and space: what both said arrives as soon as light permits, and neither
 // sends more than one initiation.
 func TestCrossingAtAnySkew(t *testing.T) {
+	skews, trips := skews, trips
+	if raceEnabled {
+		skews, trips = []time.Duration{0, 1, 10, 25, 50}, []time.Duration{0, 1, 10, 25}
+	}
 	for _, kind := range []string{"two nodes", "Device first", "node first"} {
 		t.Run(kind, func(t *testing.T) {
 			for _, trip := range trips {
@@ -237,6 +241,81 @@ func TestMixedHour(t *testing.T) {
 				}
 			}
 			n.t.mu.RUnlock()
+		}
+	})
+}
+
+// A Device goes on with a session that we left, as if it had mixed up two
+// handshakes. We begin another one, within seconds; and if the way is long we do
+// not begin one after the other.
+func TestPartedSessions(t *testing.T) {
+	for _, trip := range []time.Duration{0, 20 * time.Millisecond, 3 * time.Second} {
+		t.Run(trip.String(), func(t *testing.T) {
+			x, y := newPuppets(t)
+			now := time.Now()
+			y.take(fuzzSource, x.again(y))
+			settle(x, y)
+			px := x.t.peers[y.key]
+			old := y.t.peers[x.key].current.Load()
+			y.take(fuzzSource, x.again(y))
+			x.take(fuzzSource, y.left()...)
+			x.left() // y never hears of the new session
+			current := px.current.Load()
+			current.trip = 2 * trip
+			data := func() []byte {
+				b, _ := old.sealTo(nil, packet(y.v4, x.v4, "old"), new([12]byte))
+				return b
+			}
+			begun := func(at time.Duration) bool {
+				current.born = now.Add(-at)
+				px.since = time.Time{}
+				x.take(fuzzSource, data())
+				out := x.left()
+				return len(out) > 0 && out[0][0] == typeInitiation
+			}
+			if begun(time.Second + 3*trip) {
+				t.Error("begun before the peer could have used the session")
+			}
+			if !begun(4*time.Second + 4*trip) {
+				t.Error("not begun")
+			}
+			x.t.giveUp(px)
+			if begun(5*time.Second + 4*trip) {
+				t.Error("begun twice for one session")
+			}
+		})
+	}
+}
+
+// Sessions of crossing handshakes are replaced by one, so that two that talk do
+// not begin two handshakes every two minutes for ever.
+func TestCrossingEnds(t *testing.T) {
+	bubble(t, func(t *testing.T, nw *network) {
+		initiations := 0
+		e := newEther()
+		e.wire = func(_, _ identity.NodePublic, d []byte) []time.Duration {
+			if d[0] == typeInitiation {
+				initiations++
+			}
+			return []time.Duration{20 * time.Millisecond}
+		}
+		a, b := e.add(t, nw, "a", 1), e.add(t, nw, "b", 2)
+		a.knows(b)
+		b.knows(a)
+		for range 1200 {
+			a.say(t, b, "x")
+			b.say(t, a, "y")
+			time.Sleep(time.Second)
+		}
+		synctest.Wait()
+		if n, m := len(a.take()), len(b.take()); n != 1200 || m != 1200 {
+			t.Errorf("%d and %d packets of 1200", n, m)
+		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		// Two that cross, one that ends it, one every two minutes.
+		if t.Logf("%d initiations in 20 minutes", initiations); initiations > 2+1+10 {
+			t.Errorf("%d initiations in 20 minutes", initiations)
 		}
 	})
 }
