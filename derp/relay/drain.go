@@ -10,17 +10,19 @@ import (
 )
 
 const (
-	// settle is how long a relay that everybody has left is still there for
-	// packets of those who have not heard of it.
-	settle = time.Second
+	// A relay that everybody has left is still there for packets of those who
+	// have not heard of it: until there were none for lull, within limits.
+	lull      = 300 * time.Millisecond
+	settleMin = 500 * time.Millisecond
+	settleMax = 3 * time.Second
 	// drainCheck bounds how often the clients are counted while many leave.
 	drainCheck = 20 * time.Millisecond
 )
 
 // Drain prepares the end of the relay: it tells every client, and those that
 // log in from now on, to look for another one, and passes packets on as before,
-// until no client calls this relay its home any more and a moment longer, or
-// until ctx ends. Close should follow. back says when the relay is expected to
+// until no client calls this relay its home any more and packets for those that
+// moved have stopped coming, or until ctx ends. Close should follow. back says when the relay is expected to
 // be there again, tryFor for how long after that it is worth to try; 0 is
 // unknown. Drain returns how many connections still call this relay home:
 // those of clients that have no other relay, or do not listen.
@@ -54,10 +56,18 @@ func (s *Server) Drain(ctx context.Context, back, tryFor time.Duration) int {
 		waiting = s.homesLocked()
 		s.mu.RUnlock()
 	}
-	select {
-	case <-ctx.Done():
-	case <-s.ctx.Done():
-	case <-time.After(settle):
+	began, quiet, passed := time.Now(), time.Now(), s.counters.packetsOut.Load()
+	for time.Since(quiet) < lull || time.Since(began) < settleMin {
+		select {
+		case <-ctx.Done():
+			return 0
+		case <-s.ctx.Done():
+			return 0
+		case <-t.C:
+		}
+		if n := s.counters.packetsOut.Load(); n != passed && time.Since(began) < settleMax-lull {
+			quiet, passed = time.Now(), n
+		}
 	}
 	return 0
 }

@@ -40,6 +40,7 @@ type RelayConfig struct {
 	Listen, STUN                              string
 	Host                                      string
 	Region                                    int
+	Drain                                     time.Duration
 }
 
 // RelayReady is what a relay process says when the control server knows it.
@@ -58,7 +59,7 @@ func playRelay(config json.RawMessage) (*part, error) {
 	}
 	r, err := host.StartRelay(host.RelayConfig{
 		DataDir: c.DataDir, Listen: c.Listen, STUN: c.STUN, Host: c.Host, Region: c.Region,
-		ControlURL: c.ControlURL, ControlKey: pin, RelayKey: c.RelayKey,
+		ControlURL: c.ControlURL, ControlKey: pin, RelayKey: c.RelayKey, Drain: c.Drain,
 	})
 	if err != nil {
 		return nil, err
