@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -152,6 +153,8 @@ func TestPolicyLife(t *testing.T) {
 	containsAll(t, "history", s.ok("policy", "history"), "in force, rollback to version 1", "local admin")
 	if h := decode[[]admin.Policy](t, s.ok("policy", "history", "--json")); len(h) != 3 || h[0].Version != 3 || h[0].Note != "rollback to version 1" {
 		t.Errorf("history --json: %+v", h)
+	} else if runtime.GOOS == "linux" && !strings.HasPrefix(h[0].Author, "local admin ") {
+		t.Errorf("set by %q, want the name of the user", h[0].Author)
 	}
 	if got := s.ok("policy", "check", "--live", file); got != file+" is valid\n" {
 		t.Errorf("check --live: %q", got)

@@ -1,12 +1,16 @@
 package host
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+
+	"mesh/control/server"
 )
 
 // makeDataDir makes the data directory, or looks whether the one that is there
@@ -34,7 +38,13 @@ func (h *Host) serveAdmin() error {
 		return fmt.Errorf("administrators' socket: %w", err)
 	}
 	h.onClose(func() { os.Remove(h.socket) })
-	h.serveHTTP("administrators' socket", ln, h.server.AdminHandler())
+	srv := server.HTTPServer(h.server.AdminHandler())
+	srv.ErrorLog = log.New(debugWriter{h.log}, "", 0)
+	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		return server.WithActor(ctx, userOf(c))
+	}
+	h.wg.Go(func() { h.fail("administrators' socket", srv.Serve(ln)) })
+	h.onClose(func() { srv.Close() })
 	return nil
 }
 

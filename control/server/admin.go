@@ -16,8 +16,26 @@ import (
 	"mesh/control/wire"
 )
 
-// localAdmin is the actor in the audit record for callers on the unix socket.
+// localAdmin is the actor in the audit record for callers on the unix socket
+// of whom no more is known.
 const localAdmin = "local admin"
+
+type actorKey struct{}
+
+// WithActor returns a context for connections to AdminHandler whose changes are
+// put on record as a person's. The name must be proven: it comes from the
+// operating system, not from the caller.
+func WithActor(ctx context.Context, name string) context.Context {
+	return context.WithValue(ctx, actorKey{}, name)
+}
+
+// actor is who sends a request.
+func actor(r *http.Request) string {
+	if name, ok := r.Context().Value(actorKey{}).(string); ok && name != "" {
+		return localAdmin + " " + name
+	}
+	return localAdmin
+}
 
 // adminFunc answers an admin request with a value for JSON, or an error.
 type adminFunc func(*http.Request) (any, error)
@@ -158,7 +176,7 @@ func (s *Server) adminRemoveRelay(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: region %q: want its number", errInvalid, r.PathValue("id"))
 	}
-	return struct{}{}, s.removeRelay(context.WithoutCancel(r.Context()), localAdmin, id)
+	return struct{}{}, s.removeRelay(context.WithoutCancel(r.Context()), actor(r), id)
 }
 
 func (s *Server) adminAudit(r *http.Request) (any, error) {

@@ -60,7 +60,7 @@ func (s *Server) adminCreateKey(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	k, secret, err := s.store.CreateKey(r.Context(), localAdmin, k)
+	k, secret, err := s.store.CreateKey(r.Context(), actor(r), k)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +123,7 @@ func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
 	}
 	s.opMu.Lock()
 	defer s.opMu.Unlock()
-	k, err := s.store.RevokeKey(context.WithoutCancel(r.Context()), localAdmin, id, s.cfg.Now())
+	k, err := s.store.RevokeKey(context.WithoutCancel(r.Context()), actor(r), id, s.cfg.Now())
 	if err != nil {
 		return nil, err
 	}

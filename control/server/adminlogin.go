@@ -41,7 +41,7 @@ func (s *Server) adminApproveLogin(r *http.Request) (any, error) {
 	if err := adminBody(r, &in); err != nil {
 		return nil, err
 	}
-	id, err := s.ApproveLogin(r.Context(), localAdmin, r.PathValue("code"), in.User, in.Tags)
+	id, err := s.ApproveLogin(r.Context(), actor(r), r.PathValue("code"), in.User, in.Tags)
 	if err != nil {
 		return nil, err
 	}
@@ -55,5 +55,5 @@ func (s *Server) adminApproveLogin(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminRejectLogin(r *http.Request) (any, error) {
-	return struct{}{}, s.RejectLogin(r.Context(), localAdmin, r.PathValue("code"))
+	return struct{}{}, s.RejectLogin(r.Context(), actor(r), r.PathValue("code"))
 }

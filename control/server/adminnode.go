@@ -76,7 +76,7 @@ func (s *Server) adminNode(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminRemoveNode(r *http.Request) (any, error) {
-	return struct{}{}, s.RemoveNode(r.Context(), localAdmin, r.PathValue("name"))
+	return struct{}{}, s.RemoveNode(r.Context(), actor(r), r.PathValue("name"))
 }
 
 // RemoveNode revokes the node with the given name, full name, stable ID or mesh
@@ -103,7 +103,7 @@ func (s *Server) adminRenameNode(r *http.Request) (any, error) {
 		return nil, err
 	}
 	return s.changedNode(r.PathValue("name"), func(id string) error {
-		return s.RenameNode(r.Context(), localAdmin, id, in.Name)
+		return s.RenameNode(r.Context(), actor(r), id, in.Name)
 	})
 }
 
@@ -113,7 +113,7 @@ func (s *Server) adminOwnNode(r *http.Request) (any, error) {
 		return nil, err
 	}
 	return s.changedNode(r.PathValue("name"), func(id string) error {
-		return s.SetOwner(r.Context(), localAdmin, id, in.User, in.Tags)
+		return s.SetOwner(r.Context(), actor(r), id, in.User, in.Tags)
 	})
 }
 
@@ -136,7 +136,7 @@ func (s *Server) adminExpireNode(r *http.Request) (any, error) {
 		at = at.Add(in.In)
 	}
 	return s.changedNode(r.PathValue("name"), func(id string) error {
-		return s.ExpireNode(r.Context(), localAdmin, id, at)
+		return s.ExpireNode(r.Context(), actor(r), id, at)
 	})
 }
 

@@ -73,7 +73,7 @@ func (s *Server) adminRollback(r *http.Request) (any, error) {
 		return nil, err
 	}
 	note := fmt.Sprintf("rollback to version %d", in.Version)
-	if _, err := s.setPolicy(r.Context(), localAdmin, policyChange{text: old.Text, note: note, expect: expect}); err != nil {
+	if _, err := s.setPolicy(r.Context(), actor(r), policyChange{text: old.Text, note: note, expect: expect}); err != nil {
 		return nil, err
 	}
 	return s.adminPolicy(r)
@@ -132,7 +132,7 @@ func (s *Server) adminSetPolicy(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := s.setPolicy(r.Context(), localAdmin, policyChange{text: in.Text, expect: expect, guard: in.Guard})
+	p, err := s.setPolicy(r.Context(), actor(r), policyChange{text: in.Text, expect: expect, guard: in.Guard})
 	if err != nil {
 		return nil, err
 	}

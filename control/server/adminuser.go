@@ -63,7 +63,7 @@ func (s *Server) adminCreateUser(r *http.Request) (any, error) {
 	if taken {
 		return nil, fmt.Errorf("%w: there is a user %q already", store.ErrConflict, name)
 	}
-	u, err := s.store.CreateUser(r.Context(), localAdmin, name, s.cfg.Now())
+	u, err := s.store.CreateUser(r.Context(), actor(r), name, s.cfg.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +83,7 @@ func (s *Server) adminRemoveUser(r *http.Request) (any, error) {
 	if !ok {
 		return nil, fmt.Errorf("user %q: %w", name, store.ErrNotFound)
 	}
-	if err := s.store.RemoveUser(context.WithoutCancel(r.Context()), localAdmin, u.ID, s.cfg.Now()); err != nil {
+	if err := s.store.RemoveUser(context.WithoutCancel(r.Context()), actor(r), u.ID, s.cfg.Now()); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()

@@ -305,7 +305,7 @@ func (s *Server) adminAddGrant(r *http.Request) (any, error) {
 	if err := adminBody(r, &in); err != nil {
 		return nil, err
 	}
-	g, err := s.AddGrant(r.Context(), localAdmin, in)
+	g, err := s.AddGrant(r.Context(), actor(r), in)
 	if err != nil {
 		return nil, err
 	}
@@ -317,7 +317,7 @@ func (s *Server) adminRevokeGrant(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: grant %q: want its number", errInvalid, clip(r.PathValue("id")))
 	}
-	g, err := s.RevokeGrant(r.Context(), localAdmin, id)
+	g, err := s.RevokeGrant(r.Context(), actor(r), id)
 	if err != nil {
 		return nil, err
 	}

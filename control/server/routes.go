@@ -104,7 +104,7 @@ func (s *Server) adminApproveRoutes(r *http.Request) (any, error) {
 		return nil, err
 	}
 	return s.changedNode(r.PathValue("name"), func(id string) error {
-		return s.ApproveRoutes(r.Context(), localAdmin, id, in.Approved)
+		return s.ApproveRoutes(r.Context(), actor(r), id, in.Approved)
 	})
 }
 

@@ -241,7 +241,7 @@ func (s *Server) adminSetShadow(r *http.Request) (any, error) {
 	if in.Text == "" {
 		return nil, fmt.Errorf("%w: the policy is empty", errInvalid)
 	}
-	p, err := s.SetShadow(r.Context(), localAdmin, in.Text)
+	p, err := s.SetShadow(r.Context(), actor(r), in.Text)
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +251,7 @@ func (s *Server) adminSetShadow(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminClearShadow(r *http.Request) (any, error) {
-	_, err := s.SetShadow(r.Context(), localAdmin, "")
+	_, err := s.SetShadow(r.Context(), actor(r), "")
 	return struct{}{}, err
 }
 
