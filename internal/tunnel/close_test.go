@@ -16,7 +16,7 @@ import (
 
 // Close at any moment ends everything: no panic, no goroutine, no callback.
 func TestCloseRaces(t *testing.T) {
-	for i := range 200 {
+	for i := range unlessRace(200, 40) {
 		nw := newNetwork()
 		a, b := pair(t, nw)
 		var closed [2]bool

@@ -20,9 +20,9 @@ import (
 func TestRotation(t *testing.T) {
 	const (
 		trip  = 5 * time.Millisecond
-		pace  = 2 * time.Millisecond
 		after = 3 * time.Second
 	)
+	pace := time.Duration(unlessRace(2, 5)) * time.Millisecond
 	for _, by := range []time.Duration{-time.Second, -50 * time.Millisecond, 0, 50 * time.Millisecond, time.Second, 20 * time.Second} {
 		for _, talk := range []string{"both", "rotating", "peer"} {
 			t.Run(fmt.Sprintf("netmap %v after the key, %s talks", by, talk), func(t *testing.T) {
