@@ -284,7 +284,7 @@ func (h *Host) serve(ln net.Listener, tlsConf *tls.Config) {
 				mux.Handle(p, relayHandler)
 			}
 		}
-		h.serveHTTP("control", tls.NewListener(ln, tlsConf), mux)
+		h.serveHTTP("control", relay.TLSListener(ln, tlsConf), mux)
 		return
 	}
 	s := newSplitter(ln)

@@ -63,6 +63,8 @@ type Relay struct {
 
 	mu      sync.Mutex // guards members
 	members map[identity.NodePublic]struct{}
+	saving  sync.Mutex    // one saves at a time
+	unsaved chan struct{} // capacity 1: the members on disk are not the newest
 
 	stun      *stunServer // nil if off
 	ctx       context.Context
@@ -74,6 +76,10 @@ type Relay struct {
 }
 
 const membersName = "members.json"
+
+// saveEvery is the shortest time between two savings of members that come and go
+// one by one. A change after a longer time is saved at once.
+const saveEvery = 250 * time.Millisecond
 
 // StartRelay opens the data directory and the sockets and returns. Whether
 // the control server accepts the relay, Announced and Failed tell.
@@ -91,6 +97,7 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 		cfg:       cfg,
 		log:       cfg.Logger,
 		members:   map[identity.NodePublic]struct{}{},
+		unsaved:   make(chan struct{}, 1),
 		failed:    make(chan error, 1),
 		announced: make(chan struct{}),
 	}
@@ -161,6 +168,7 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 		}
 	})
 	r.wg.Go(r.follow)
+	r.wg.Go(r.keepSaved)
 	return r, nil
 }
 
@@ -215,6 +223,7 @@ func (r *Relay) Close() error {
 			r.relay.Close()
 		}
 		r.wg.Wait()
+		r.saveUnsaved()
 		if r.client != nil {
 			r.client.Close()
 		}
@@ -288,7 +297,7 @@ func (r *Relay) state(err error) {
 }
 
 // update takes what the control server says: who comes is admitted, who goes
-// is cut at once, and all is remembered.
+// is cut at once, and all is remembered, of a burst of changes the last state.
 func (r *Relay) update(u *wire.RelayUpdate) {
 	r.mu.Lock()
 	var gone []identity.NodePublic
@@ -314,12 +323,54 @@ func (r *Relay) update(u *wire.RelayUpdate) {
 			}
 		}
 	}
+	r.mu.Unlock()
+	r.relay.Revoke(gone...)
+	if u.Full {
+		r.save()
+		return
+	}
+	select {
+	case r.unsaved <- struct{}{}:
+	default:
+	}
+}
+
+// keepSaved saves members that come and go.
+func (r *Relay) keepSaved() {
+	for {
+		select {
+		case <-r.ctx.Done():
+			return
+		case <-r.unsaved:
+			r.save()
+		}
+		t := time.NewTimer(saveEvery)
+		select {
+		case <-r.ctx.Done():
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+func (r *Relay) saveUnsaved() {
+	select {
+	case <-r.unsaved:
+		r.save()
+	default:
+	}
+}
+
+// save writes down who is a member.
+func (r *Relay) save() {
+	r.saving.Lock()
+	defer r.saving.Unlock()
+	r.mu.Lock()
 	all := make([]string, 0, len(r.members))
 	for k := range r.members {
 		all = append(all, k.String())
 	}
 	r.mu.Unlock()
-	r.relay.Revoke(gone...)
 	slices.Sort(all)
 	b, err := json.Marshal(all)
 	if err == nil {
