@@ -19,7 +19,9 @@
 // (gro.go), which is handled once and answered by one acknowledgement. UDP and ICMP are handled in the caller's goroutine. TCP segments are put into the
 // queue of their endpoint, and one of GOMAXPROCS processor goroutines works on
 // them, so In does not wait for applications. Acknowledgements leave through
-// Config.Out from that processor.
+// Config.Out from that processor, or with the answer: one that says nothing
+// else waits for data up to a millisecond, on a timer and without a goroutine
+// (hold.go).
 //
 // Accept: gVisor completes handshakes in a listening endpoint (a real one, not
 // a forwarder, because only that takes over a SYN that meets TIME_WAIT). One

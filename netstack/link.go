@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -17,8 +18,9 @@ type link struct {
 	gsoMax  uint32
 	out     func([][]byte)
 	trains  sync.Pool // of *train
-	sending gate      // calls of out
-	taking  gate      // calls of deliver
+	hold    hold
+	sending gate // calls of out
+	taking  gate // calls of deliver
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher] // nil before Attach and after the NIC is gone
 }
@@ -31,6 +33,7 @@ func newLink(mtu int, out func([][]byte)) *link {
 	l.trains.New = func() any { return new(train) }
 	l.sending.init()
 	l.taking.init()
+	l.hold.init(mtu, l.sendOne)
 	return l
 }
 
@@ -44,12 +47,42 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	defer l.sending.leave()
 	t := l.trains.Get().(*train)
 	t.fill(pkts)
-	if len(t.packets) > 0 {
-		l.out(t.packets)
+	packets := t.packets
+	if len(pkts) > 1 {
+		packets = slices.DeleteFunc(packets, l.waits)
+	} else if n := len(packets); n > 0 && l.waits(packets[n-1]) {
+		packets = nil // a packet that was cut speaks as its last part does: it never waits
+	}
+	if len(packets) > 0 {
+		l.out(packets)
 	}
 	t.reset()
 	l.trains.Put(t)
 	return len(pkts), nil
+}
+
+// waits reports whether a packet stays behind for now.
+func (l *link) waits(p []byte) bool {
+	waits, first := l.hold.keep(p)
+	if first != nil {
+		l.out([][]byte{first})
+	}
+	return waits
+}
+
+// sendOne sends a packet that waited.
+func (l *link) sendOne(p []byte) {
+	if !l.sending.enter() {
+		return
+	}
+	defer l.sending.leave()
+	l.out([][]byte{p})
+}
+
+// close returns when out is not called any more.
+func (l *link) close() {
+	l.hold.close()
+	l.sending.close()
 }
 
 // deliver hands copies of packets to the stack, segments of a stream that follow

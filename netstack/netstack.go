@@ -375,7 +375,7 @@ func (s *Stack) Close() error {
 			ep.Abort()
 		}
 	}
-	s.link.sending.close()
+	s.link.close()
 	s.st.Destroy()
 	close(s.down)
 	return nil
