@@ -141,7 +141,9 @@ func (s *servers) Info() (load.ServersInfo, error) {
 }
 
 func (s *servers) Fake(n int) error {
-	// The server's own AddFakeNode makes up identifiers that may be negative.
+	// The server's own makes up identifiers that may be negative; the first only
+	// makes the server ready for more.
+	s.control.AddFakeNode()
 	for i := range n {
 		id := 1_000_000 + i
 		addr := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, 100 + byte(i>>16), byte(i >> 8), byte(i)}), 32)
