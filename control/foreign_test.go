@@ -82,12 +82,12 @@ func (b *batching) poll(t *testing.T) *poll {
 }
 
 func liveAt(t *testing.T, f *fake, change func(*SessionConfig)) *life {
-	l := live(t, f, change)
-	l.SetHostState(HostState{
-		DiscoKey: identity.NewDisco().Public(), Hostinfo: &wire.Hostinfo{Hostname: "h"},
-		Endpoints: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:41641")},
+	return liveWith(t, f, change, func(l *life) {
+		l.SetHostState(HostState{
+			DiscoKey: identity.NewDisco().Public(), Hostinfo: &wire.Hostinfo{Hostname: "h"},
+			Endpoints: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:41641")},
+		})
 	})
-	return l
 }
 
 // complete is how such a server describes a peer in the end; at first it knows

@@ -39,6 +39,11 @@ type life struct {
 }
 
 func live(t *testing.T, f *fake, change func(*SessionConfig)) *life {
+	return liveWith(t, f, change, func(*life) {})
+}
+
+// liveWith lets prepare speak to the session before it runs.
+func liveWith(t *testing.T, f *fake, change func(*SessionConfig), prepare func(*life)) *life {
 	l := &life{c: f.client(), key: identity.NewNode().Public(), end: make(chan error, 1)}
 	cfg := SessionConfig{
 		NodeKey: l.key,
@@ -52,6 +57,7 @@ func live(t *testing.T, f *fake, change func(*SessionConfig)) *life {
 	l.Session = l.c.NewSession(cfg)
 	ctx, cancel := context.WithCancel(t.Context())
 	l.stop = cancel
+	prepare(l)
 	go func() { l.end <- l.Run(ctx) }()
 	return l
 }
