@@ -218,6 +218,18 @@ func TestPacketConnDropsAndCounts(t *testing.T) {
 	for range 20 {
 		from.WriteTo([]byte("late"), addr)
 	}
+	// They are there when one that was sent after them is.
+	other, err := server.ListenPacket("udp", ":2000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	meshtest.Until(t, "a later datagram to arrive", func() bool {
+		from.WriteTo([]byte("x"), &mesh.Addr{AddrPort: addrPort(t, server, 2000)})
+		other.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		_, _, err := other.ReadFrom(b)
+		return err == nil
+	})
 	m.SetPolicy(`{"tagOwners": {"tag:client": [], "tag:server": [], "tag:other": []}, "acls": [
 		{"action": "accept", "src": ["tag:client"], "dst": ["tag:server:2000"]}]}`)
 	meshtest.Until(t, "the policy to be in force", func() bool { return server.Status().PolicyVersion == 2 })
@@ -343,7 +355,11 @@ func TestTransferSurvivesOtherEdits(t *testing.T) {
 		t.Errorf("receiving: %v", r.err)
 	}
 	t.Logf("%d edits in %v, %d MiB, longest stall %v", edits, took.Round(time.Millisecond), r.bytes>>20, r.stall.Round(time.Millisecond))
-	if r.stall > 5*time.Second { // a machine under load stalls without us
+	limit := 5 * time.Second // a machine under load stalls without us
+	if raceEnabled {
+		limit = 30 * time.Second
+	}
+	if r.stall > limit {
 		t.Errorf("it stalled for %v", r.stall)
 	}
 	// The other flows have lived on as well.
