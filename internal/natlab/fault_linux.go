@@ -24,11 +24,12 @@ func (r *Router) Lose(percent int) {
 	r.Sh(fmt.Sprintf(`nft 'table ip cut { chain f { type filter hook forward priority -20; numgen random mod 1000 < %d drop; }; }'`, percent*10))
 }
 
-// Swallow drops what is longer than a number of bytes, as a path with a broken
-// discovery of its size does, until Heal.
+// Swallow drops UDP packets that are longer than a number of bytes, as a path
+// with a broken discovery of its size does, until Heal. TCP, by which relays are
+// reached, is spared: routers on such paths tell it to send less.
 func (r *Router) Swallow(longer int) {
 	r.lab.t.Helper()
-	r.Sh(fmt.Sprintf(`nft 'table ip cut { chain f { type filter hook forward priority -20; meta length > %d drop; }; }'`, longer))
+	r.Sh(fmt.Sprintf(`nft 'table ip cut { chain f { type filter hook forward priority -20; meta l4proto udp meta length > %d drop; }; }'`, longer))
 }
 
 // Heal ends Cut, CutUDP, Lose and Swallow.

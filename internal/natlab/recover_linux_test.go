@@ -1,6 +1,7 @@
 package natlab
 
 import (
+	"context"
 	"fmt"
 	"syscall"
 	"testing"
@@ -162,7 +163,9 @@ func recover1(t *testing.T, r recovery) {
 		heal()
 	}
 	b := <-during
-	if err := w.a.Call(t.Context(), "endflow", nil, nil); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), actor.Patience)
+	defer cancel()
+	if err := w.a.Call(ctx, "endflow", nil, nil); err != nil {
 		t.Errorf("the other connection: %v", err)
 	}
 	if b.Error != "" {
