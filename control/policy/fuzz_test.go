@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -96,7 +95,7 @@ func FuzzCompile(f *testing.F) {
 		full := Compile(p, list)
 		for id := range nodes {
 			if got, want := view(c, id), view(full, id); got != want {
-				t.Fatal(fmt.Sprintf("node %d is told\n%s\nwant\n%s", id, got, want))
+				t.Fatalf("node %d is told\n%s\nwant\n%s", id, got, want)
 			}
 		}
 	})

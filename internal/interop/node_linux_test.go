@@ -119,9 +119,6 @@ func (n *stockNode) status() (st stockStatus) {
 	return st
 }
 
-// ip returns the node's IPv4 address.
-func (n *stockNode) ip() netip.Addr { return n.Status.TailscaleIPs[0] }
-
 // label is the first label of the node's name.
 func (n *stockNode) label() string { return n.name }
 

@@ -104,19 +104,6 @@ func (w *world) relay(region int) (*Host, func() *actor.Process) {
 	}
 }
 
-// pathOf tells how a node's packets to a peer travel.
-func pathOf(from *actor.Process, to string) string {
-	from.T().Helper()
-	var st mesh.Status
-	from.Must("status", nil, &st)
-	for _, p := range st.Peers {
-		if p.ShortName() == to {
-			return p.Path.Kind
-		}
-	}
-	return "unknown peer"
-}
-
 // await waits until nodes know each other.
 func (w *world) await(nodes ...*actor.Process) {
 	w.t.Helper()

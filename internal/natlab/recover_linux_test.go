@@ -2,7 +2,6 @@ package natlab
 
 import (
 	"context"
-	"fmt"
 	"syscall"
 	"testing"
 	"time"
@@ -177,7 +176,7 @@ func recover1(t *testing.T, r recovery) {
 	if r.after != "" && b.Path != r.after {
 		t.Errorf("the path is %q at the end", b.Path)
 	}
-	t.Log(fmt.Sprintf("%-32s stood still for %v (goal %v), path %s, well after %v", r.name, round(b.Gap), r.goal, b.Path, round(b.Well)))
+	t.Logf("%-32s stood still for %v (goal %v), path %s, well after %v", r.name, round(b.Gap), r.goal, b.Path, round(b.Well))
 	w.a.Kill()
 	w.b.Kill()
 }

@@ -49,7 +49,6 @@ type check struct {
 	news  chan struct{}  // capacity 1; an answer came
 
 	mu       sync.Mutex // guards what follows
-	closed   bool
 	pending  map[stun.TxID]asked
 	answers  map[key]answer
 	mapped   map[netip.AddrPort]netip.AddrPort // by STUN server, IPv4

@@ -365,7 +365,7 @@ func TestCaptivePortal(t *testing.T) {
 		"free":         {nil, false, "false"},
 		"not offered":  {nil, true, "?"},
 		"login page":   {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "log in") }, false, "true"},
-		"redirect":     {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://portal/", 302) }, false, "true"},
+		"redirect":     {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://portal/", http.StatusFound) }, false, "true"},
 		"a plain 204":  {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(204) }, false, "true"},
 		"hangs up":     {func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, false, "?"},
 		"never ending": {func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, false, "?"},

@@ -54,7 +54,7 @@ func TestEndToEnd(t *testing.T) {
 			for range n {
 				buf = append(buf, byte(len(buf)*7))
 			}
-			out = append(out, buf[at:len(buf)])
+			out = append(out, buf[at:])
 		}
 		return out
 	}

@@ -147,7 +147,7 @@ func (t *Tunnel) seal(p *peer, s *session, packets [][]byte, now time.Time) (lef
 				t.flush(p, tr, bytes)
 				return len(batch) - i + len(packets)
 			}
-			tr.datagrams = append(tr.datagrams, buf[at:len(buf)])
+			tr.datagrams = append(tr.datagrams, buf[at:])
 			bytes += uint64(len(b))
 		}
 		t.flush(p, tr, bytes)

@@ -31,11 +31,10 @@ func dial(t testing.TB, from, to *Host) (client, server net.Conn) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	c, err := from.DialTCP(context.Background(), "tcp", ln.Addr().(*net.TCPAddr).AddrPort().String()[len("0.0.0.0:"):])
-	if err == nil {
+	if _, err := from.DialTCP(context.Background(), "tcp", ln.Addr().(*net.TCPAddr).AddrPort().String()[len("0.0.0.0:"):]); err == nil {
 		t.Fatal("dialled a port alone")
 	}
-	c, err = from.DialTCP(context.Background(), "tcp", netip.AddrPortFrom(to.Addr(), 80).String())
+	c, err := from.DialTCP(context.Background(), "tcp", netip.AddrPortFrom(to.Addr(), 80).String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +126,7 @@ func TestTransfer(t *testing.T) {
 func TestDialFails(t *testing.T) {
 	bubble(t, func(t *testing.T, n *Net) {
 		h, s := n.NAT(Corporate()).Host(), n.Host(V4)
-		try := func(addr string, limit time.Duration) (error, time.Duration) {
+		try := func(addr string, limit time.Duration) (time.Duration, error) {
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
 			began := time.Now()
@@ -135,23 +134,23 @@ func TestDialFails(t *testing.T) {
 			if err == nil {
 				c.Close()
 			}
-			return err, time.Since(began)
+			return time.Since(began), err
 		}
 		at := func(port uint16) string { return netip.AddrPortFrom(s.Addr(), port).String() }
-		if err, d := try(at(443), time.Minute); !errors.Is(err, syscall.ECONNREFUSED) || d != 20400*time.Microsecond {
+		if d, err := try(at(443), time.Minute); !errors.Is(err, syscall.ECONNREFUSED) || d != 20400*time.Microsecond {
 			t.Error(err, d)
 		}
-		if err, d := try(at(22), time.Hour); !errors.Is(err, syscall.ETIMEDOUT) || d != 127*time.Second {
+		if d, err := try(at(22), time.Hour); !errors.Is(err, syscall.ETIMEDOUT) || d != 127*time.Second {
 			t.Error(err, d)
 		}
-		if err, d := try(at(22), time.Second); !errors.Is(err, context.DeadlineExceeded) || d != time.Second {
+		if d, err := try(at(22), time.Second); !errors.Is(err, context.DeadlineExceeded) || d != time.Second {
 			t.Error(err, d)
 		}
-		if err, _ := try("[2001:db8::1]:443", time.Second); !errors.Is(err, syscall.ENETUNREACH) {
+		if _, err := try("[2001:db8::1]:443", time.Second); !errors.Is(err, syscall.ENETUNREACH) {
 			t.Error(err)
 		}
 		h.SetUp(false)
-		if err, _ := try(at(443), time.Second); !errors.Is(err, syscall.ENETUNREACH) {
+		if _, err := try(at(443), time.Second); !errors.Is(err, syscall.ENETUNREACH) {
 			t.Error(err)
 		}
 	})
