@@ -197,6 +197,7 @@ func TestOldReplays(t *testing.T) {
 func TestSpoofsAreCounted(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		n, a, b := pair(t)
+		settle(time.Second) // for the first report
 		before := a.lastReport().Endpoints
 		server := stunServer(1)
 		stranger := identity.NewDisco()
