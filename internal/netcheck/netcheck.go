@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 
 	"mesh/control/wire"
+	"mesh/internal/hostaddr"
 )
 
 const (
@@ -215,7 +216,7 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 		cfg.Resolve = net.DefaultResolver.LookupNetIP
 	}
 	if cfg.Interfaces == nil {
-		cfg.Interfaces = systemInterfaces
+		cfg.Interfaces = hostaddr.Up
 	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = DefaultTimeout
@@ -239,31 +240,4 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	}
 	r.Preferred = choose(cfg.Relays, r, cfg.Previous, cfg.HomeAlive)
 	return r, nil
-}
-
-// systemInterfaces lists the addresses of the interfaces that are up.
-func systemInterfaces() ([]netip.Prefix, error) {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return nil, err
-	}
-	var out []netip.Prefix
-	for _, i := range ifs {
-		if i.Flags&net.FlagUp == 0 {
-			continue
-		}
-		addrs, err := i.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, a := range addrs {
-			if n, ok := a.(*net.IPNet); ok {
-				if ip, ok := netip.AddrFromSlice(n.IP); ok {
-					bits, _ := n.Mask.Size()
-					out = append(out, netip.PrefixFrom(ip.Unmap(), bits))
-				}
-			}
-		}
-	}
-	return out, nil
 }

@@ -311,33 +311,6 @@ func hasAddr(local []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(local, func(n netip.Prefix) bool { return n.Addr().Unmap() == a })
 }
 
-// systemInterfaces lists the addresses of the interfaces that are up.
-func systemInterfaces() ([]netip.Prefix, error) {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return nil, err
-	}
-	var out []netip.Prefix
-	for _, i := range ifs {
-		if i.Flags&net.FlagUp == 0 {
-			continue
-		}
-		addrs, err := i.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, a := range addrs {
-			if n, ok := a.(*net.IPNet); ok {
-				if ip, ok := netip.AddrFromSlice(n.IP); ok {
-					bits, _ := n.Mask.Size()
-					out = append(out, netip.PrefixFrom(ip.Unmap(), bits))
-				}
-			}
-		}
-	}
-	return out, nil
-}
-
 // resolved is the result of a look-up of a relay's name.
 type resolved struct {
 	addrs []netip.Addr

@@ -27,6 +27,7 @@ import (
 	"mesh/derp"
 	"mesh/identity"
 	"mesh/internal/disco"
+	"mesh/internal/hostaddr"
 )
 
 // Errors that callers branch on.
@@ -197,7 +198,7 @@ func New(cfg Config) (*Path, error) {
 		cfg.Logger = zap.NewNop()
 	}
 	if cfg.Interfaces == nil {
-		cfg.Interfaces = systemInterfaces
+		cfg.Interfaces = hostaddr.Up
 	}
 	p := &Path{
 		cfg:    cfg,

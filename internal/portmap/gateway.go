@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"io"
+	"mesh/internal/hostaddr"
 	"net"
 	"net/netip"
 	"strconv"
@@ -92,23 +93,7 @@ func prefixesOf(name string) []netip.Prefix {
 	if err != nil {
 		return nil
 	}
-	return prefixes(i)
-}
-
-func prefixes(i *net.Interface) (list []netip.Prefix) {
-	addrs, err := i.Addrs()
-	if err != nil {
-		return nil
-	}
-	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok {
-			if ip, ok := netip.AddrFromSlice(n.IP); ok {
-				bits, _ := n.Mask.Size()
-				list = append(list, netip.PrefixFrom(ip.Unmap(), bits))
-			}
-		}
-	}
-	return list
+	return hostaddr.Of(i)
 }
 
 // pickSelf returns our address towards a gateway: one of the subnet that the

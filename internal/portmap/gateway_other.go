@@ -3,6 +3,7 @@
 package portmap
 
 import (
+	"mesh/internal/hostaddr"
 	"net"
 	"net/netip"
 )
@@ -28,7 +29,7 @@ func SystemGateway() (gw, self netip.Addr, ok bool) {
 		return gw, self, false
 	}
 	for _, i := range ifs {
-		for _, p := range prefixes(&i) {
+		for _, p := range hostaddr.Of(&i) {
 			if p.Addr() == self {
 				gw, ok = guessGateway(p)
 				return gw, self, ok
