@@ -349,6 +349,29 @@ func (b *binding) takes(a netip.AddrPort) bool {
 	return b.addr.Addr().IsUnspecified() || b.addr.Addr() == a.Addr()
 }
 
+// bindLocked checks that b can be had, and gives it a port if it has none. taken
+// reports whether b, as it is then, overlaps another socket.
+func (h *Host) bindLocked(b *binding, taken func() bool) error {
+	if h.n.closed {
+		return net.ErrClosed
+	}
+	if ip := b.addr.Addr(); !ip.IsUnspecified() && !h.ownsLocked(ip) {
+		return sysError("bind", syscall.EADDRNOTAVAIL)
+	}
+	free := func(port uint16) bool {
+		b.addr = netip.AddrPortFrom(b.addr.Addr(), port)
+		return !taken()
+	}
+	if port := b.addr.Port(); port != 0 && !free(port) {
+		return sysError("bind", syscall.EADDRINUSE)
+	} else if port == 0 {
+		if _, ok := h.freePortLocked(free); !ok {
+			return sysError("bind", syscall.EADDRINUSE)
+		}
+	}
+	return nil
+}
+
 // parse reads the network and address that a listener is given.
 func parse(proto, network, addr string) (b binding, err error) {
 	b.network = network

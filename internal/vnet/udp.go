@@ -49,22 +49,10 @@ func (h *Host) ListenUDP(ctx context.Context, network, addr string) (net.PacketC
 	}
 	h.n.mu.Lock()
 	defer h.n.mu.Unlock()
-	if h.n.closed {
-		return fail(net.ErrClosed)
-	}
-	if ip := b.addr.Addr(); !ip.IsUnspecified() && !h.ownsLocked(ip) {
-		return fail(sysError("bind", syscall.EADDRNOTAVAIL))
-	}
-	free := func(port uint16) bool {
-		b.addr = netip.AddrPortFrom(b.addr.Addr(), port)
-		return !slices.ContainsFunc(h.udp, func(c *udpConn) bool { return c.overlaps(&b) })
-	}
-	if port := b.addr.Port(); port != 0 && !free(port) {
-		return fail(sysError("bind", syscall.EADDRINUSE))
-	} else if port == 0 {
-		if _, ok := h.freePortLocked(free); !ok {
-			return fail(sysError("bind", syscall.EADDRINUSE))
-		}
+	if err := h.bindLocked(&b, func() bool {
+		return slices.ContainsFunc(h.udp, func(c *udpConn) bool { return c.overlaps(&b) })
+	}); err != nil {
+		return fail(err)
 	}
 	c := &udpConn{h: h, binding: b}
 	h.udp = append(h.udp, c)
