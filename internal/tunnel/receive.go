@@ -63,7 +63,7 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 		}
 		if kind != typeData {
 			if sl := t.slot(index); sl.peer == nil || sl.session != nil && kind == typeResponse {
-				t.strayed(&src, sl, kind)
+				t.strayed(sl, kind)
 			} else if _, ok := sl.peer.from(&src, now); !ok {
 				t.stats.dropMismatch.Add(1)
 			} else if kind == typeCookie {
@@ -118,7 +118,7 @@ func (t *Tunnel) Receive(src Source, datagrams [][]byte) {
 }
 
 // strayed counts a handshake message that nobody waits for.
-func (t *Tunnel) strayed(src *Source, sl slot, kind byte) {
+func (t *Tunnel) strayed(sl slot, kind byte) {
 	if sl.session != nil && kind == typeResponse {
 		t.stats.dropReplay.Add(1) // another copy of the one that made the session
 		return
