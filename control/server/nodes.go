@@ -86,13 +86,20 @@ type registry struct {
 	// byMachine has more than one node for a machine only if it enrolled anew
 	// under another owner, or without a word of who it had been.
 	byMachine map[identity.MachinePublic][]*node
+	// homes are the home relays of machines whose node was removed, at most
+	// maxHomes. See (*registry).lastHome.
+	homes map[identity.MachinePublic]int
 }
+
+// maxHomes bounds how many removed machines' home relays are remembered.
+const maxHomes = 4096
 
 func (r *registry) init(pool *addressPool, last wire.NodeID) {
 	r.byID = make(map[wire.NodeID]*node)
 	r.byKey = make(map[identity.NodePublic]*node)
 	r.names = make(map[string]wire.NodeID)
 	r.byMachine = make(map[identity.MachinePublic][]*node)
+	r.homes = make(map[identity.MachinePublic]int)
 	r.pool = pool
 	pool.startAfter(last)
 }
@@ -114,8 +121,22 @@ func (r *registry) remove(n *node) {
 	} else {
 		delete(r.byMachine, n.Machine)
 	}
+	if n.HomeDERP != 0 {
+		for m := range r.homes {
+			if len(r.homes) < maxHomes {
+				break
+			}
+			delete(r.homes, m) // any
+		}
+		r.homes[n.Machine] = n.HomeDERP
+	}
 	r.pool.free(n.IPv4)
 }
+
+// lastHome returns the home relay that a machine had before its node was
+// removed; 0 = unknown. A stock client that is removed and logs in again may
+// never repeat where it is at home, since nothing changed on its side.
+func (r *registry) lastHome(m identity.MachinePublic) int { return r.homes[m] }
 
 // expiredLike returns the newest node of n's machine that has n's owner and
 // whose key is no longer good, or nil: who logs in again after a logout is the

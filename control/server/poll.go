@@ -115,6 +115,9 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 			n.HomeDERP = ni.PreferredDERP
 		}
 	}
+	if n.HomeDERP == 0 {
+		n.HomeDERP = s.nodes.lastHome(n.Machine)
+	}
 	s.unsaved[n.ID] = struct{}{}
 	s.judge(n, req.MeshFlows)
 	s.changed(n)

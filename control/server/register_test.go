@@ -255,6 +255,30 @@ func TestLogoutAndReturn(t *testing.T) {
 	nb.until(t, "a to be back", func() bool { p := nb.peers[self.ID]; return p != nil && !p.Expired && *p.Online })
 }
 
+// A stock client that was removed and logs in again does not repeat its network
+// report, since nothing changed for it: its home relay must be known all the same.
+func TestRemovedNodeKeepsItsHome(t *testing.T) {
+	w := newWorld(t, nil)
+	allow(w)
+	a, b := w.machine().join(w.key(store.Key{})), w.machine().join(w.key(store.Key{}))
+	na := a.poll(nil)
+	b.lite(func(r *wire.MapRequest) { r.Hostinfo.NetInfo = &wire.NetInfo{PreferredDERP: 900} })
+	if err := w.s.RemoveNode(t.Context(), "test", string(b.poll(nil).self.StableID)); err != nil {
+		t.Fatal(err)
+	}
+	b.key = identity.NewNode()
+	b.join(w.key(store.Key{}))
+	id := b.poll(nil).self.ID
+	b.lite(nil)
+	na.until(t, "b with its home relay", func() bool { return na.peers[id] != nil && na.peers[id].HomeDERP == 900 })
+	// Somebody else's machine is at home nowhere.
+	c := w.machine().join(w.key(store.Key{}))
+	c.lite(nil)
+	if home := c.poll(nil).self.HomeDERP; home != 0 {
+		t.Errorf("a machine that nobody knew is at home at %d", home)
+	}
+}
+
 func TestRemovedNode(t *testing.T) {
 	w := newWorld(t, nil)
 	allow(w)
