@@ -10,6 +10,7 @@ import (
 	"github.com/tailscale/hujson"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // assertion is an entry of "tests": what src must be able to reach, or must not.
@@ -315,10 +316,10 @@ func (n *node) class(owner bool) string {
 func (t *tester) party(s *selector) (out []*party, why string) {
 	switch s.kind {
 	case kindPrefix:
-		r := rangeOf(s.prefix)
-		out = append(out, t.c.party(Endpoint{Addr: r.first}))
-		if r.last != r.first {
-			out = append(out, t.c.party(Endpoint{Addr: r.last}))
+		r := iprange.Of(s.prefix)
+		out = append(out, t.c.party(Endpoint{Addr: r.First}))
+		if r.Last != r.First {
+			out = append(out, t.c.party(Endpoint{Addr: r.Last}))
 		}
 		return out, ""
 	case kindGroup:

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // Node is what a policy may ask about a node.
@@ -83,7 +84,7 @@ type selSet struct {
 
 	// addrs are the addresses of the nodes where the selector names nodes. They
 	// follow changes once they were asked for, until stale.
-	addrs []addrRange
+	addrs []iprange.Range
 	stale bool
 }
 
@@ -99,7 +100,7 @@ type srcList struct {
 
 	// What follows is a cache, void when a node of one of the selectors changed.
 	valid  bool
-	ranges []addrRange
+	ranges []iprange.Range
 	text   []string
 }
 

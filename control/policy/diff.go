@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // Change is access that one policy gives and another does not.
@@ -134,11 +135,11 @@ func (d *differ) network(s *selector, add func(class, name string, make func() i
 	if s.kind != kindPrefix && s.kind != kindVia {
 		return
 	}
-	r := rangeOf(s.prefix)
-	if s.prefix.IsSingleIP() && d.new.byAddr[r.first] != nil {
+	r := iprange.Of(s.prefix)
+	if s.prefix.IsSingleIP() && d.new.byAddr[r.First] != nil {
 		return
 	}
-	addrs := []netip.Addr{r.first}
+	addrs := []netip.Addr{r.First}
 	name := prefixText(s.prefix)
 	add(name, name, func() identity {
 		return identity{old: d.old.newParty(nil, addrs, true), new: d.new.newParty(nil, addrs, true)}

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // Explanation says why somebody may reach something, or why not.
@@ -136,7 +137,7 @@ func (c *Compiled) notes(a, b *party) (out []string) {
 		switch n := c.behind(x); {
 		case n != nil:
 			out = append(out, fmt.Sprintf("%v lies behind %s", x, n.title()))
-		case slices.ContainsFunc(meshRanges, func(r addrRange) bool { return r.contains(x) }):
+		case slices.ContainsFunc(meshRanges, func(r iprange.Range) bool { return r.Contains(x) }):
 			out = append(out, fmt.Sprintf("no node has the address %v", x))
 		default:
 			out = append(out, fmt.Sprintf("no approved route leads to %v", x))

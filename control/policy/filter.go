@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // Filter returns the packet filter of a node: the rules of which it is a
@@ -166,7 +167,7 @@ func (s *selSet) dstIPs(n *node) []string {
 	case kindAll:
 		return []string{"*"}
 	case kindPrefix, kindVia:
-		return []string{rangeOf(s.prefix).String()}
+		return []string{iprange.Of(s.prefix).String()}
 	}
 	var out []string
 	for _, a := range n.Addrs {

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"strings"
 
+	"mesh/internal/iprange"
+
 	"github.com/tailscale/hujson"
 )
 
@@ -52,7 +54,7 @@ func (b *ipsetBuilder) build(name string, at int) {
 	}
 	b.state[name] = 1
 	b.depth++
-	var set []addrRange
+	var set []iprange.Range
 	for _, t := range b.r.texts(b.defs[name], name) {
 		op, target, ok := strings.Cut(strings.TrimSpace(t.text), " ")
 		if !ok {
@@ -77,7 +79,7 @@ func (b *ipsetBuilder) build(name string, at int) {
 	b.state[name] = 2
 	prefixes := []netip.Prefix{}
 	for _, x := range set {
-		prefixes = append(prefixes, x.prefixes()...)
+		prefixes = append(prefixes, x.Prefixes()...)
 	}
 	if len(prefixes) > maxIPSetPrefixes {
 		b.r.fail(at, "", "IP set %q has more than %d networks", name, maxIPSetPrefixes)
@@ -86,21 +88,21 @@ func (b *ipsetBuilder) build(name string, at int) {
 	b.r.ipsets[name] = prefixes
 }
 
-func (b *ipsetBuilder) target(s string, at int) ([]addrRange, bool) {
+func (b *ipsetBuilder) target(s string, at int) ([]iprange.Range, bool) {
 	if strings.HasPrefix(s, "ipset:") {
 		if _, ok := b.defs[s]; !ok {
 			b.r.fail(at, b.r.nearest(s, b.r.ipsetNames), "undefined IP set %q", s)
 			return nil, false
 		}
 		b.build(s, at)
-		var out []addrRange
+		var out []iprange.Range
 		for _, p := range b.r.ipsets[s] {
-			out = append(out, rangeOf(p))
+			out = append(out, iprange.Of(p))
 		}
 		return out, true
 	}
 	if h, ok := b.r.hosts[strings.TrimPrefix(s, "host:")]; ok {
-		return []addrRange{rangeOf(h)}, true
+		return []iprange.Range{iprange.Of(h)}, true
 	}
 	switch {
 	case s == "autogroup:internet":
@@ -115,49 +117,28 @@ func (b *ipsetBuilder) target(s string, at int) ([]addrRange, bool) {
 		b.r.fail(at, b.r.nearest(s, b.r.hostNames), "%v", err)
 		return nil, false
 	}
-	return []addrRange{rangeOf(p)}, true
+	return []iprange.Range{iprange.Of(p)}, true
 }
 
 // subtract takes ranges out of merged ones.
-func subtract(from, what []addrRange) []addrRange {
+func subtract(from, what []iprange.Range) []iprange.Range {
 	for _, w := range what {
-		var left []addrRange
+		var left []iprange.Range
 		for _, x := range from {
-			if x.first.BitLen() != w.first.BitLen() || x.last.Less(w.first) || w.last.Less(x.first) {
+			if !x.Overlaps(w) {
 				left = append(left, x)
 				continue
 			}
-			if x.first.Less(w.first) {
-				left = append(left, addrRange{x.first, w.first.Prev()})
+			if x.First.Less(w.First) {
+				left = append(left, iprange.Range{First: x.First, Last: w.First.Prev()})
 			}
-			if w.last.Less(x.last) {
-				left = append(left, addrRange{w.last.Next(), x.last})
+			if w.Last.Less(x.Last) {
+				left = append(left, iprange.Range{First: w.Last.Next(), Last: x.Last})
 			}
 		}
 		from = left
 	}
 	return from
-}
-
-// prefixes returns the fewest networks that make up the range.
-func (r addrRange) prefixes() (out []netip.Prefix) {
-	for at := r.first; ; {
-		bits := at.BitLen()
-		p := netip.PrefixFrom(at, bits)
-		for bits > 0 {
-			wider := netip.PrefixFrom(at, bits-1)
-			if wider.Masked().Addr() != at || r.last.Less(rangeOf(wider).last) {
-				break
-			}
-			p, bits = wider, bits-1
-		}
-		out = append(out, p)
-		end := rangeOf(p).last
-		if !end.Less(r.last) {
-			return out
-		}
-		at = end.Next()
-	}
 }
 
 // readSettings reads members that hold one value, and refuses those that mean

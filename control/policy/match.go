@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // Endpoint is one side of a connection to ask about. Set Node, with one of its
@@ -124,7 +125,7 @@ func (c *Compiled) source(l *srcList, p *party, i int) *selSet {
 
 // inMesh reports whether "*" means the address as a source.
 func (c *Compiled) inMesh(a netip.Addr) bool {
-	if slices.ContainsFunc(meshRanges, func(r addrRange) bool { return r.contains(a) }) {
+	if slices.ContainsFunc(meshRanges, func(r iprange.Range) bool { return r.Contains(a) }) {
 		return true
 	}
 	return c.behind(a) != nil
@@ -142,10 +143,6 @@ func (c *Compiled) behind(a netip.Addr) *node {
 		}
 	}
 	return nil
-}
-
-func (r addrRange) contains(a netip.Addr) bool {
-	return r.first.BitLen() == a.BitLen() && !a.Less(r.first) && !r.last.Less(a)
 }
 
 // target reports whether a destination means address i of the party.

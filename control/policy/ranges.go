@@ -3,32 +3,20 @@ package policy
 import (
 	"net/netip"
 	"slices"
+
+	"mesh/internal/iprange"
 )
 
-// addrRange is a set of neighbouring addresses of one family, both ends
-// included.
-type addrRange struct{ first, last netip.Addr }
-
-func rangeOf(p netip.Prefix) addrRange {
-	p = p.Masked()
-	b := p.Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 1 << (7 - i%8)
-	}
-	last, _ := netip.AddrFromSlice(b)
-	return addrRange{p.Addr(), last}
-}
-
 // merge sorts ranges and joins those that overlap or touch.
-func merge(list []addrRange) []addrRange {
-	slices.SortFunc(list, func(a, b addrRange) int { return a.first.Compare(b.first) })
+func merge(list []iprange.Range) []iprange.Range {
+	slices.SortFunc(list, func(a, b iprange.Range) int { return a.First.Compare(b.First) })
 	out := list[:0]
 	for _, x := range list {
-		if n := len(out); n > 0 && x.first.BitLen() == out[n-1].last.BitLen() {
-			end := out[n-1].last
-			if next := end.Next(); !end.Less(x.first) || next.IsValid() && next == x.first {
-				if end.Less(x.last) {
-					out[n-1].last = x.last
+		if n := len(out); n > 0 && x.First.BitLen() == out[n-1].Last.BitLen() {
+			end := out[n-1].Last
+			if next := end.Next(); !end.Less(x.First) || next.IsValid() && next == x.First {
+				if end.Less(x.Last) {
+					out[n-1].Last = x.Last
 				}
 				continue
 			}
@@ -38,82 +26,62 @@ func merge(list []addrRange) []addrRange {
 	return out
 }
 
-// String returns the form of filter rules: an address, a network or "a-b".
-func (r addrRange) String() string {
-	if r.first == r.last {
-		return r.first.String()
-	}
-	// The range is a network if both ends share a prefix behind which one has
-	// only zeros and the other only ones.
-	a, b := r.first.AsSlice(), r.last.AsSlice()
-	n := 0
-	for n < len(a)*8 && bit(a, n) == bit(b, n) {
-		n++
-	}
-	if p := netip.PrefixFrom(r.first, n); rangeOf(p) == r {
-		return p.String()
-	}
-	return r.first.String() + "-" + r.last.String()
-}
-
-func bit(b []byte, i int) byte { return b[i/8] >> (7 - i%8) & 1 }
-
 // meshRanges is what "*" means as a source, besides approved routes: all
 // addresses that nodes of a mesh may have. 100.115.92.0/23 is left to virtual
 // machines of ChromeOS.
-var meshRanges = []addrRange{
-	{netip.MustParseAddr("100.64.0.0"), netip.MustParseAddr("100.115.91.255")},
-	{netip.MustParseAddr("100.115.94.0"), netip.MustParseAddr("100.127.255.255")},
-	rangeOf(netip.MustParsePrefix("fd7a:115c:a1e0::/48")),
+var meshRanges = []iprange.Range{
+	{First: netip.MustParseAddr("100.64.0.0"), Last: netip.MustParseAddr("100.115.91.255")},
+	{First: netip.MustParseAddr("100.115.94.0"), Last: netip.MustParseAddr("100.127.255.255")},
+	iprange.Of(netip.MustParsePrefix("fd7a:115c:a1e0::/48")),
 }
 
 // everywhere is all addresses.
-var everywhere = []addrRange{rangeOf(netip.MustParsePrefix("0.0.0.0/0")), rangeOf(netip.MustParsePrefix("::/0"))}
+var everywhere = []iprange.Range{iprange.Of(netip.MustParsePrefix("0.0.0.0/0")), iprange.Of(netip.MustParsePrefix("::/0"))}
 
 // at returns the place of the first range that ends at a or behind it.
-func at(list []addrRange, a netip.Addr) int {
-	i, _ := slices.BinarySearchFunc(list, a, func(r addrRange, a netip.Addr) int { return r.last.Compare(a) })
+func at(list []iprange.Range, a netip.Addr) int {
+	i, _ := slices.BinarySearchFunc(list, a, func(r iprange.Range, a netip.Addr) int { return r.Last.Compare(a) })
 	return i
 }
 
 // insertAddr adds an address to merged ranges.
-func insertAddr(list []addrRange, a netip.Addr) []addrRange {
+func insertAddr(list []iprange.Range, a netip.Addr) []iprange.Range {
 	i := at(list, a)
-	if i < len(list) && list[i].contains(a) {
+	if i < len(list) && list[i].Contains(a) {
 		return list
 	}
-	joins := i > 0 && list[i-1].last.BitLen() == a.BitLen() && list[i-1].last.Next() == a
-	precedes := i < len(list) && list[i].first.BitLen() == a.BitLen() && a.Next() == list[i].first
+	joins := i > 0 && list[i-1].Last.BitLen() == a.BitLen() && list[i-1].Last.Next() == a
+	precedes := i < len(list) && list[i].First.BitLen() == a.BitLen() && a.Next() == list[i].First
 	switch {
 	case joins && precedes:
-		list[i-1].last = list[i].last
+		list[i-1].Last = list[i].Last
 		return slices.Delete(list, i, i+1)
 	case joins:
-		list[i-1].last = a
+		list[i-1].Last = a
 	case precedes:
-		list[i].first = a
+		list[i].First = a
 	default:
-		return slices.Insert(list, i, addrRange{a, a})
+		return slices.Insert(list, i, iprange.Range{First: a, Last: a})
 	}
 	return list
 }
 
 // removeAddr takes an address out of merged ranges.
-func removeAddr(list []addrRange, a netip.Addr) []addrRange {
+func removeAddr(list []iprange.Range, a netip.Addr) []iprange.Range {
 	i := at(list, a)
-	if i == len(list) || !list[i].contains(a) {
+	if i == len(list) || !list[i].Contains(a) {
 		return list
 	}
 	switch r := list[i]; {
-	case r.first == r.last:
+	case r.First == r.Last:
 		return slices.Delete(list, i, i+1)
-	case r.first == a:
-		list[i].first = a.Next()
-	case r.last == a:
-		list[i].last = a.Prev()
+	case r.First == a:
+		list[i].First = a.Next()
+	case r.Last == a:
+		list[i].Last = a.Prev()
 	default:
-		list[i].last = a.Prev()
-		return slices.Insert(list, i+1, addrRange{a.Next(), r.last})
+		list[i].Last = a.Prev()
+		return slices.Insert(list, i+1, iprange.Range{First: a.Next(), Last: r.Last})
 	}
 	return list
 }

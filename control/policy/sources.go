@@ -3,6 +3,8 @@ package policy
 import (
 	"net/netip"
 	"slices"
+
+	"mesh/internal/iprange"
 )
 
 // changed voids what was computed from the selector's nodes.
@@ -29,13 +31,13 @@ func (s *selSet) removeAddrs(addrs []netip.Addr) {
 }
 
 // ranges returns the merged addresses of the nodes.
-func (s *selSet) ranges(c *Compiled) []addrRange {
+func (s *selSet) ranges(c *Compiled) []iprange.Range {
 	if s.stale {
 		s.stale = false
 		s.addrs = s.addrs[:0]
 		for _, slot := range s.nodes {
 			for _, a := range c.slots[slot].Addrs {
-				s.addrs = append(s.addrs, addrRange{a, a})
+				s.addrs = append(s.addrs, iprange.Range{First: a, Last: a})
 			}
 		}
 		s.addrs = merge(s.addrs)
@@ -54,11 +56,11 @@ func (l *srcList) fill(c *Compiled) {
 	for _, s := range l.sels {
 		switch s.kind {
 		case kindPrefix:
-			l.ranges = append(l.ranges, rangeOf(s.prefix))
+			l.ranges = append(l.ranges, iprange.Of(s.prefix))
 		case kindAll:
 			l.ranges = append(l.ranges, meshRanges...)
 			for r := range c.routers {
-				l.ranges = append(l.ranges, rangeOf(r))
+				l.ranges = append(l.ranges, iprange.Of(r))
 			}
 		case kindAnywhere:
 			anywhere = true
@@ -73,7 +75,7 @@ func (l *srcList) fill(c *Compiled) {
 	}
 }
 
-func texts(list []addrRange) []string {
+func texts(list []iprange.Range) []string {
 	out := make([]string, len(list))
 	for i, r := range list {
 		out[i] = r.String()
@@ -83,11 +85,11 @@ func texts(list []addrRange) []string {
 
 // self returns the addresses of the nodes of n's owner that are among the
 // sources.
-func (l *srcList) self(c *Compiled, n *node) []addrRange {
-	var own []addrRange
+func (l *srcList) self(c *Compiled, n *node) []iprange.Range {
+	var own []iprange.Range
 	l.eachOwn(c, n, func(o *node) {
 		for _, a := range o.Addrs {
-			own = append(own, addrRange{a, a})
+			own = append(own, iprange.Range{First: a, Last: a})
 		}
 	})
 	return merge(own)

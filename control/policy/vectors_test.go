@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"mesh/control/wire"
+	"mesh/internal/iprange"
 )
 
 // vector is one case of the shared policy vectors, which live outside the
@@ -241,25 +242,25 @@ func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
 }
 
 // parseRange reads the address forms of filter rules.
-func parseRange(s string) []addrRange {
+func parseRange(s string) []iprange.Range {
 	if s == "*" {
-		return []addrRange{rangeOf(netip.MustParsePrefix("0.0.0.0/0")), rangeOf(netip.MustParsePrefix("::/0"))}
+		return []iprange.Range{iprange.Of(netip.MustParsePrefix("0.0.0.0/0")), iprange.Of(netip.MustParsePrefix("::/0"))}
 	}
 	if a, b, ok := strings.Cut(s, "-"); ok {
-		return []addrRange{{netip.MustParseAddr(a), netip.MustParseAddr(b)}}
+		return []iprange.Range{{First: netip.MustParseAddr(a), Last: netip.MustParseAddr(b)}}
 	}
 	if strings.Contains(s, "/") {
-		return []addrRange{rangeOf(netip.MustParsePrefix(s))}
+		return []iprange.Range{iprange.Of(netip.MustParsePrefix(s))}
 	}
 	a := netip.MustParseAddr(s)
-	return []addrRange{{a, a}}
+	return []iprange.Range{{First: a, Last: a}}
 }
 
 // flat is a filter rule with its addresses parsed.
 type flat struct {
 	wire.FilterRule
-	srcs []addrRange
-	dsts [][]addrRange
+	srcs []iprange.Range
+	dsts [][]iprange.Range
 }
 
 func flatten(rules []wire.FilterRule) []flat {
@@ -280,10 +281,8 @@ func flatten(rules []wire.FilterRule) []flat {
 	return out
 }
 
-func inRanges(list []addrRange, a netip.Addr) bool {
-	return slices.ContainsFunc(list, func(r addrRange) bool {
-		return r.first.BitLen() == a.BitLen() && !a.Less(r.first) && !r.last.Less(a)
-	})
+func inRanges(list []iprange.Range, a netip.Addr) bool {
+	return slices.ContainsFunc(list, func(r iprange.Range) bool { return r.Contains(a) })
 }
 
 // allows is the meaning of filter rules, read naively.
@@ -309,7 +308,7 @@ func sameMeaning(got, want []wire.FilterRule) string {
 	protos := map[int]bool{6: true, 17: true, 1: true, 58: true, 132: true, 47: true}
 	edges := func(list []netip.Addr, s string) []netip.Addr {
 		for _, r := range parseRange(s) {
-			for _, a := range []netip.Addr{r.first.Prev(), r.first, r.last, r.last.Next()} {
+			for _, a := range []netip.Addr{r.First.Prev(), r.First, r.Last, r.Last.Next()} {
 				if a.IsValid() {
 					list = append(list, a)
 				}

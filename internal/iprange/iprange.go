@@ -98,6 +98,27 @@ func (r Range) Overlaps(o Range) bool {
 	return r.First.BitLen() == o.First.BitLen() && !r.Last.Less(o.First) && !o.Last.Less(r.First)
 }
 
+// String returns the form of filter rules, which Parse reads: an address, a
+// network or "first-last".
+func (r Range) String() string {
+	if r.First == r.Last {
+		return r.First.String()
+	}
+	// The range is a network if both ends share a prefix behind which one has
+	// only zeros and the other only ones.
+	a, b := r.First.AsSlice(), r.Last.AsSlice()
+	n := 0
+	for n < len(a)*8 && bit(a, n) == bit(b, n) {
+		n++
+	}
+	if p := netip.PrefixFrom(r.First, n); Of(p) == r {
+		return p.String()
+	}
+	return r.First.String() + "-" + r.Last.String()
+}
+
+func bit(b []byte, i int) byte { return b[i/8] >> (7 - i%8) & 1 }
+
 // Prefixes returns the fewest prefixes that cover r exactly: at most 62 for
 // IPv4 and 254 for IPv6.
 func (r Range) Prefixes() []netip.Prefix {

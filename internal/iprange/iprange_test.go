@@ -47,6 +47,25 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestString(t *testing.T) {
+	for in, want := range map[string]string{
+		"100.64.0.1":              "100.64.0.1",
+		"fd7a::1/128":             "fd7a::1",
+		"10.0.0.0-10.0.0.255":     "10.0.0.0/24",
+		"0.0.0.0-255.255.255.255": "0.0.0.0/0",
+		"10.0.0.1-10.0.0.255":     "10.0.0.1-10.0.0.255",
+		"fd7a::5-fd7a::9":         "fd7a::5-fd7a::9",
+	} {
+		r, err := Parse(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r[0].String(); got != want {
+			t.Errorf("%s is written as %s, want %s", in, got, want)
+		}
+	}
+}
+
 func TestPrefixes(t *testing.T) {
 	for _, tt := range []struct{ r, want string }{
 		{"100.64.0.0-100.115.91.255", "100.64.0.0/11 100.96.0.0/12 100.112.0.0/15 100.114.0.0/16 100.115.0.0/18 100.115.64.0/20 100.115.80.0/21 100.115.88.0/22"},
