@@ -6,7 +6,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"runtime"
 	"strings"
@@ -86,21 +85,9 @@ func askGateway(ctx context.Context) netcheck.PortMapping {
 }
 
 func readRelayMap(c *call, name string) (*wire.DERPMap, error) {
-	in := c.stdin
-	if name != "-" {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		in = f
-	}
-	b, err := io.ReadAll(io.LimitReader(in, maxRelayMap+1))
+	b, err := readFile(c, name, maxRelayMap)
 	if err != nil {
-		return nil, fmt.Errorf("read relay map: %w", err)
-	}
-	if len(b) > maxRelayMap {
-		return nil, fmt.Errorf("%s: a relay map has at most %d bytes", name, maxRelayMap)
+		return nil, err
 	}
 	m := new(wire.DERPMap)
 	if err := json.Unmarshal(b, m); err != nil {

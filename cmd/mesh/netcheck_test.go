@@ -78,7 +78,7 @@ func TestNetcheck(t *testing.T) {
 	alone.fails([]string{"netcheck", "--relay-map", "/does/not/exist"}, "open /does/not/exist")
 	alone.fails([]string{"netcheck", "--relay-map", writeFile(t, "{")}, "is no relay map")
 	alone.fails([]string{"netcheck", "--relay-map", writeFile(t, "{}")}, "no region that may be asked")
-	alone.fails([]string{"netcheck", "--relay-map", writeFile(t, strings.Repeat(" ", 2<<20))}, "at most 1048576 bytes")
+	alone.fails([]string{"netcheck", "--relay-map", writeFile(t, strings.Repeat(" ", 2<<20))}, "longer than 1048576 bytes")
 	if r := alone.run("netcheck", "--relay-map", "a", "--control", "b"); r.code != exitUsage || !strings.Contains(r.stderr, "give one of the two") {
 		t.Errorf("%+v", r)
 	}
