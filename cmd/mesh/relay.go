@@ -31,7 +31,8 @@ arguments of its processes.
 It prints where it listens, and "announced" when the control server has accepted it.
 Told to end, it sends nodes to other relays and goes when they have moved, or after
 --drain; a second signal ends it at once.
-The --region is a number that no other relay of the mesh has.`,
+Relays with the same --region and relay key serve as one: they pass packets on to
+each other, and nodes move among them.`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		var cfg host.RelayConfig
 		fs.StringVar(&cfg.DataDir, "data", "", "`DIR` of keys and members (default USER-CONFIG-DIR/mesh-relay)")
@@ -138,16 +139,21 @@ func serveRelay(ctx context.Context, c *call, cfg host.RelayConfig) error {
 // writeRelays prints the relay map.
 func writeRelays(c *call, relays []admin.Relay) {
 	now := time.Now()
-	t := newTable(c.stdout, "REGION", "HOST", "KIND", "CONTROL", "CREATED")
+	t := newTable(c.stdout, "REGION", "NAME", "HOST", "KIND", "CONTROL", "CREATED")
 	for _, r := range relays {
 		kind, state, created := "process", "away", ago(r.Created, now)
-		if r.Connected {
+		switch {
+		case r.Draining:
+			state = "drains"
+		case r.Connected:
 			state = "connected"
+		case r.Hidden:
+			state = "gone"
 		}
 		if r.BuiltIn {
 			kind, state, created = "built in", "", ""
 		}
-		t.row(strconv.Itoa(r.Region), r.Host, kind, state, created)
+		t.row(strconv.Itoa(r.Region), r.Name, r.Host, kind, state, created)
 	}
 	t.flush()
 }
@@ -171,18 +177,14 @@ var relayList = &command{
 }
 
 var relayRemove = &command{
-	name: "relay remove", args: "REGION", min: 1, max: 1,
-	short: "take a relay out of the map; its key stays (mesh key revoke)",
+	name: "relay remove", args: "NAME|REGION", min: 1, max: 1,
+	short: "take relays out of the map; their key stays (mesh key revoke)",
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
-			region, err := strconv.Atoi(c.args[0])
-			if err != nil {
-				return usageError{fmt.Sprintf("region %q: want its number, which `mesh relay list` shows", c.args[0])}
-			}
-			if err := s.RemoveRelay(ctx, region); err != nil {
+			if err := s.RemoveRelay(ctx, c.args[0]); err != nil {
 				return err
 			}
-			c.printf("relay %d removed\n", region)
+			c.printf("relay %s removed\n", c.args[0])
 			return nil
 		})
 	},

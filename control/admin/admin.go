@@ -270,10 +270,13 @@ type NodeRoutes struct {
 // Relay is a relay of the relay map.
 type Relay struct {
 	Region    int       `json:"region"`
+	Name      string    `json:"name"` // unique over all regions
 	Code      string    `json:"code,omitempty"`
 	Host      string    `json:"host"`
 	BuiltIn   bool      `json:"builtIn"`             // given by the server's configuration
 	Connected bool      `json:"connected,omitempty"` // has its stream of members open
+	Draining  bool      `json:"draining,omitempty"`  // said that it goes
+	Hidden    bool      `json:"hidden,omitempty"`    // nodes are not told of it: it drains, or is away for long
 	Created   time.Time `json:"created,omitzero"`
 }
 

@@ -260,9 +260,10 @@ func (c *Client) Relays(ctx context.Context) ([]Relay, error) {
 	return get[[]Relay](ctx, c, "GET", "/v1/relays", nil)
 }
 
-// RemoveRelay takes a relay out of the map and cuts it off from its members.
-func (c *Client) RemoveRelay(ctx context.Context, region int) error {
-	return c.do(ctx, "DELETE", "/v1/relays/"+strconv.Itoa(region), nil, nil)
+// RemoveRelay takes the relay with a name, or all of the region with a number,
+// out of the map and cuts them off from the members.
+func (c *Client) RemoveRelay(ctx context.Context, name string) error {
+	return c.do(ctx, "DELETE", "/v1/relays/"+url.PathEscape(name), nil, nil)
 }
 
 // Audit returns what changed since a time, oldest first.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
 	"time"
 
 	"go.uber.org/zap"
@@ -155,28 +154,24 @@ func (s *Server) adminRelays(*http.Request) (any, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := []admin.Relay{}
-	for id, region := range s.relays.derpMap().Regions {
-		if region == nil || len(region.Nodes) == 0 {
-			continue
+	for id, region := range s.relays.fixed.Regions {
+		for _, n := range region.Nodes {
+			out = append(out, admin.Relay{Region: id, Name: n.Name, Code: region.RegionCode, Host: n.HostName, BuiltIn: true})
 		}
-		r := admin.Relay{Region: id, Code: region.RegionCode, Host: region.Nodes[0].HostName}
-		if known, ok := s.relays.known[id]; ok {
-			r.Created, r.Connected = known.Created, s.relays.streams[id] != nil
-		} else {
-			r.BuiltIn = true
-		}
-		out = append(out, r)
 	}
-	slices.SortFunc(out, func(a, b admin.Relay) int { return a.Region - b.Region })
+	mapped := s.relays.mapped()
+	for _, k := range s.relays.sorted() {
+		out = append(out, admin.Relay{
+			Region: k.Region.RegionID, Name: k.node().Name, Code: k.Region.RegionCode, Host: k.node().HostName,
+			Created: k.Created, Connected: k.stream != nil, Draining: k.left, Hidden: !slices.Contains(mapped, k),
+		})
+	}
+	slices.SortStableFunc(out, func(a, b admin.Relay) int { return a.Region - b.Region })
 	return out, nil
 }
 
 func (s *Server) adminRemoveRelay(r *http.Request) (any, error) {
-	id, err := strconv.Atoi(r.PathValue("id"))
-	if err != nil {
-		return nil, fmt.Errorf("%w: region %q: want its number", errInvalid, r.PathValue("id"))
-	}
-	return struct{}{}, s.removeRelay(context.WithoutCancel(r.Context()), actor(r), id)
+	return struct{}{}, s.removeRelay(context.WithoutCancel(r.Context()), actor(r), r.PathValue("id"))
 }
 
 func (s *Server) adminAudit(r *http.Request) (any, error) {

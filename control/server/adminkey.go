@@ -129,9 +129,9 @@ func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for region, rs := range s.relays.streams {
-		if rs.key == id {
-			s.endRelay(region, wire.CodeRelayKeyUnknown)
+	for _, relay := range s.relays.known {
+		if relay.Key == id {
+			relay.end(wire.CodeRelayKeyUnknown)
 		}
 	}
 	return s.adminKey(k), nil

@@ -96,7 +96,7 @@ func (s *Server) scheduleNode(n *node) {
 	}
 }
 
-// janitor does what is due: nodes that went silent, keys that expire, reports
+// janitor does what is due: nodes and relays that went silent, keys that expire, reports
 // to store.
 func (s *Server) janitor() {
 	flush := time.NewTicker(max(s.cfg.FlushInterval, time.Millisecond))
@@ -157,7 +157,7 @@ func (s *Server) lookAtDue() time.Duration {
 	for _, id := range remove {
 		s.removeIdle(id)
 	}
-	return min(wait, s.endGrants(now))
+	return min(wait, s.endGrants(now), s.endLeases(now))
 }
 
 // expireDue ends the membership of a node whose key has expired.

@@ -1,11 +1,16 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net/http"
+	"slices"
+	"strconv"
 	"time"
 
 	"go.uber.org/zap"
@@ -15,61 +20,165 @@ import (
 	"mesh/identity"
 )
 
+const (
+	maxRegionRelays = 16  // relays of one region
+	maxRelays       = 256 // of all
+)
+
 // relaySet is the relay map: regions given at the start, and relays that
 // announced themselves. It is guarded by Server.mu.
 type relaySet struct {
-	fixed   *wire.DERPMap
-	known   map[int]store.Relay         // by region
-	streams map[int]*relayStream        // of those that are connected
-	keys    map[identity.NodePublic]int // regions of known
+	fixed  *wire.DERPMap
+	known  map[identity.NodePublic]*knownRelay
+	secret []byte // from which the regions' mesh keys are derived; not changed
 }
+
+// knownRelay is a relay that announced itself.
+type knownRelay struct {
+	store.Relay
+	stream *relayStream // nil = not connected
+	left   bool         // it drains: not in the map, forgotten when its stream ends
+	// until is when a relay that is not connected leaves the map; zero if it is
+	// connected.
+	until time.Time
+	gone  bool // until has passed
+}
+
+func (k *knownRelay) node() *wire.DERPNode { return k.Region.Nodes[0] }
 
 // relayStream is an open /machine/relay request.
 type relayStream struct {
-	key  int64 // store.Key.ID
+	key  int64         // store.Key.ID
+	mesh chan struct{} // capacity 1: the relays of its region changed
 	end  chan struct{}
 	code wire.ErrorCode // set before end is closed
 }
 
-func (r *relaySet) load(ctx context.Context, st store.Store, fixed *wire.DERPMap) error {
+func (r *relaySet) load(ctx context.Context, st store.Store, fixed *wire.DERPMap, until time.Time) error {
 	if fixed == nil {
 		fixed = &wire.DERPMap{}
 	}
 	r.fixed = fixed
-	r.known = make(map[int]store.Relay)
-	r.streams = make(map[int]*relayStream)
-	r.keys = make(map[identity.NodePublic]int)
+	r.known = make(map[identity.NodePublic]*knownRelay)
 	relays, err := st.Relays(ctx)
 	if err != nil {
 		return err
 	}
 	for _, relay := range relays {
-		r.put(relay)
+		r.known[relay.NodeKey] = &knownRelay{Relay: relay, until: until}
 	}
-	return nil
+	r.secret, err = st.Secret(ctx, "relay-mesh", func() ([]byte, error) {
+		b := make([]byte, 32)
+		rand.Read(b)
+		return b, nil
+	})
+	return err
 }
 
-func (r *relaySet) put(relay store.Relay) {
-	id := relay.Region.RegionID
-	if old, ok := r.known[id]; ok {
-		delete(r.keys, old.NodeKey)
+// sorted returns the relays by region and name.
+func (r *relaySet) sorted() []*knownRelay {
+	all := make([]*knownRelay, 0, len(r.known))
+	for _, k := range r.known {
+		all = append(all, k)
 	}
-	if at, ok := r.keys[relay.NodeKey]; ok {
-		delete(r.known, at)
+	slices.SortFunc(all, func(a, b *knownRelay) int {
+		return cmp.Or(a.Region.RegionID-b.Region.RegionID, cmp.Compare(a.node().Name, b.node().Name))
+	})
+	return all
+}
+
+// mapped returns the relays that nodes are told of. Those that have been silent
+// for too long are not among them, unless there would be none at all: it may be
+// the server that is cut off.
+func (r *relaySet) mapped() []*knownRelay {
+	all := r.sorted()
+	all = slices.DeleteFunc(all, func(k *knownRelay) bool { return k.left })
+	here := slices.DeleteFunc(slices.Clone(all), func(k *knownRelay) bool { return k.gone })
+	if len(here) == 0 && len(r.fixed.Regions) == 0 {
+		return all
 	}
-	r.known[id], r.keys[relay.NodeKey] = relay, id
+	return here
 }
 
 // derpMap returns the map as it is sent to nodes.
 func (r *relaySet) derpMap() *wire.DERPMap {
 	m := &wire.DERPMap{HomeParams: r.fixed.HomeParams, OmitDefaultRegions: true, Regions: make(map[int]*wire.DERPRegion)}
-	for id, relay := range r.known {
-		m.Regions[id] = relay.Region
+	for _, k := range r.mapped() {
+		id := k.Region.RegionID
+		if m.Regions[id] == nil {
+			region := *k.Region
+			region.Nodes = nil
+			m.Regions[id] = &region
+		}
+		m.Regions[id].Nodes = append(m.Regions[id].Nodes, k.node())
 	}
 	for id, region := range r.fixed.Regions {
 		m.Regions[id] = region
 	}
 	return m
+}
+
+// meshOf returns what a relay is told about the others of its region.
+func (r *relaySet) meshOf(self *knownRelay) *wire.RelayMesh {
+	mesh := &wire.RelayMesh{}
+	keys := []string{self.NodeKey.String()}
+	for _, k := range r.sorted() {
+		if k != self && k.Region.RegionID == self.Region.RegionID && !k.gone {
+			mesh.Peers = append(mesh.Peers, wire.RelayPeer{NodeKey: k.NodeKey, Node: k.node()})
+			keys = append(keys, k.NodeKey.String())
+		}
+	}
+	if len(mesh.Peers) == 0 {
+		return mesh
+	}
+	// Whoever leaves does not know the key of those who stay.
+	slices.Sort(keys)
+	h := hmac.New(sha256.New, r.secret)
+	fmt.Fprintf(h, "region %d %q", self.Region.RegionID, keys)
+	mesh.Key = hex.EncodeToString(h.Sum(nil))
+	return mesh
+}
+
+// remesh makes the relays of a region learn who the others are.
+func (r *relaySet) remesh(region int) {
+	for _, k := range r.known {
+		if k.stream != nil && k.Region.RegionID == region {
+			select {
+			case k.stream.mesh <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// nameFree reports whether no other relay has the name.
+func (r *relaySet) nameFree(name string, self identity.NodePublic) bool {
+	for key, k := range r.known {
+		if key != self && k.node().Name == name {
+			return false
+		}
+	}
+	for _, region := range r.fixed.Regions {
+		for _, n := range region.Nodes {
+			if n != nil && n.Name == name {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// name chooses the name of a relay in the map: what it had, what it asks for, or
+// the first that is free.
+func (r *relaySet) name(self identity.NodePublic, region *wire.DERPRegion) {
+	n := region.Nodes[0]
+	if old := r.known[self]; old != nil && old.Region.RegionID == region.RegionID {
+		n.Name = old.node().Name
+		return
+	}
+	for letter := 'a'; n.Name == "" || !r.nameFree(n.Name, self); letter++ {
+		n.Name = fmt.Sprintf("%d%c", region.RegionID, letter)
+	}
 }
 
 // SetDERPMap replaces Config.DERPMap, for instance when the certificate that
@@ -84,12 +193,18 @@ func (s *Server) SetDERPMap(m *wire.DERPMap) {
 	s.derpChanged()
 }
 
-// RelaysConnected counts the relay processes that are connected to this server:
-// those besides the relays of Config.DERPMap.
+// RelaysConnected counts the relay processes that are connected to this server
+// and stay: those besides the relays of Config.DERPMap.
 func (s *Server) RelaysConnected() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.relays.streams)
+	n := 0
+	for _, k := range s.relays.known {
+		if k.stream != nil && !k.left {
+			n++
+		}
+	}
+	return n
 }
 
 // derpChanged makes all streams send the relay map. Server.mu is held.
@@ -119,9 +234,6 @@ func cleanRegion(in *wire.DERPRegion) (*wire.DERPRegion, error) {
 			return nil, fmt.Errorf("%w: a text in it is too long or not plain", errBadRegion)
 		}
 	}
-	if n.Name == "" {
-		n.Name = fmt.Sprintf("%da", in.RegionID)
-	}
 	if n.HostName == "" || n.DERPPort < 0 || n.DERPPort > 65535 || n.STUNPort < -1 || n.STUNPort > 65535 {
 		return nil, fmt.Errorf("%w: host name or port", errBadRegion)
 	}
@@ -132,148 +244,208 @@ func cleanRegion(in *wire.DERPRegion) (*wire.DERPRegion, error) {
 	}, nil
 }
 
-// serveRelay is POST /machine/relay.
-func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
-	if !s.limit.ok(c.source) {
-		tooMany(w, 5)
-		return
-	}
-	var req wire.RelayRequest
-	if !readJSON(w, r, &req) {
-		return
-	}
-	key, err := s.store.VerifyKey(r.Context(), store.KeyRelay, req.RelayKey, s.cfg.Now())
-	if err != nil {
-		if wire.CodeOf(err) == "" {
-			s.log.Error("relay key could not be looked up", zap.Error(err))
-			http.Error(w, "internal error", http.StatusInternalServerError)
-			return
-		}
-		s.limit.failed(c.source)
-		refuse(w, err)
-		return
-	}
-	region, err := cleanRegion(req.Region)
-	if err == nil && req.NodeKey.IsZero() {
-		err = errors.New("relay has no key")
-	}
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	rs, err := s.openRelay(r.Context(), key, req.NodeKey, region)
-	switch {
-	case errors.Is(err, store.ErrConflict):
-		http.Error(w, fmt.Sprintf("region %d belongs to another relay", region.RegionID), http.StatusConflict)
-		return
-	case err != nil:
-		s.log.Error("relay could not be stored", zap.Error(err))
-		http.Error(w, "internal error", http.StatusInternalServerError)
-		return
-	}
-	c.known()
-	defer s.closeRelay(region.RegionID, rs)
-	if err := s.feedRelay(r.Context(), rs, newFramer(w, &wire.MapRequest{}, s.cfg.WriteTimeout)); err != nil {
-		s.log.Debug("relay stream ended", zap.Int("region", region.RegionID), zap.Error(err))
-	}
-}
+// errTooManyRelays refuses one more.
+var errTooManyRelays = errors.New("too many relays; remove those that are gone with `mesh relay remove`")
 
 // openRelay stores the relay, tells the nodes, and makes this stream the
 // relay's only one.
 func (s *Server) openRelay(ctx context.Context, key store.Key, nodeKey identity.NodePublic, region *wire.DERPRegion) (*relayStream, error) {
 	s.opMu.Lock()
 	defer s.opMu.Unlock()
-	id, now := region.RegionID, s.cfg.Now()
-	s.mu.Lock()
-	_, taken := s.relays.fixed.Regions[id]
-	old, known := s.relays.known[id]
-	s.mu.Unlock()
+	now := s.cfg.Now()
 	relay := store.Relay{NodeKey: nodeKey, Region: region, Key: key.ID, Created: now}
-	if taken || known && old.Key != key.ID {
-		return nil, store.ErrConflict
+	s.mu.Lock()
+	same, err := s.relays.place(relay)
+	if err == nil {
+		s.relays.name(nodeKey, region)
 	}
-	if known {
+	if old := s.relays.known[nodeKey]; old != nil {
 		relay.Created = old.Created
 	}
-	if err := s.store.PutRelay(context.WithoutCancel(ctx), relay, now); err != nil {
+	s.mu.Unlock()
+	if err != nil {
 		return nil, err
 	}
-	rs := &relayStream{key: key.ID, end: make(chan struct{})}
+	ctx = context.WithoutCancel(ctx)
+	if same != nil {
+		// It came back with another key.
+		if err := s.forgetRelay(ctx, fmt.Sprintf("key %d", key.ID), same); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.store.PutRelay(ctx, relay, now); err != nil {
+		return nil, err
+	}
+	rs := &relayStream{key: key.ID, mesh: make(chan struct{}, 1), end: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.endRelay(id, "")
-	s.relays.put(relay)
-	s.relays.streams[id] = rs
+	k := s.relays.known[nodeKey]
+	if k == nil {
+		k = &knownRelay{}
+		s.relays.known[nodeKey] = k
+	} else {
+		k.end("")
+		if before := k.Region.RegionID; before != region.RegionID {
+			defer s.relays.remesh(before)
+		}
+	}
+	*k = knownRelay{Relay: relay, stream: rs}
+	s.relays.remesh(region.RegionID)
 	s.derpChanged()
 	return rs, nil
 }
 
-// endRelay ends the stream of a region, if there is one. Server.mu is held.
-func (s *Server) endRelay(id int, code wire.ErrorCode) {
-	if rs := s.relays.streams[id]; rs != nil {
-		rs.code = code
-		close(rs.end)
-		delete(s.relays.streams, id)
+// place says whether a relay may be part of the set, and which one that is away
+// it replaces, since it has the same address or there are too many.
+func (r *relaySet) place(relay store.Relay) (same *knownRelay, err error) {
+	id := relay.Region.RegionID
+	if _, taken := r.fixed.Regions[id]; taken {
+		return nil, store.ErrConflict
 	}
-}
-
-func (s *Server) closeRelay(id int, rs *relayStream) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.relays.streams[id] == rs {
-		delete(s.relays.streams, id)
-	}
-}
-
-// feedRelay tells a relay whom to admit until the stream ends. It hears keys
-// and nothing else.
-func (s *Server) feedRelay(ctx context.Context, rs *relayStream, f *framer) error {
-	sub, all := s.subscribe()
-	defer s.unsubscribe(sub)
-	if err := f.send(&wire.RelayUpdate{Full: true, Members: all}); err != nil {
-		return err
-	}
-	for {
-		idle := time.NewTimer(wire.KeepAliveInterval + rand.N(9*time.Second))
-		u := wire.RelayUpdate{}
-		select {
-		case <-ctx.Done():
-			idle.Stop()
-			return ctx.Err()
-		case <-rs.end:
-			idle.Stop()
-			if rs.code == "" {
-				return nil
-			}
-			return f.send(&wire.RelayUpdate{MeshCode: rs.code})
-		case <-idle.C:
-			u.KeepAlive = true
-		case <-sub.wake:
-			if u.Members, u.Removed = s.membership(sub); len(u.Members)+len(u.Removed) == 0 {
-				continue
+	others, inRegion := 0, 0
+	var gone *knownRelay // of the region
+	n := relay.Region.Nodes[0]
+	for key, k := range r.known {
+		in := k.Region.RegionID == id
+		switch {
+		case (in || key == relay.NodeKey) && k.Key != relay.Key:
+			return nil, store.ErrConflict
+		case key == relay.NodeKey:
+			continue
+		case in && k.stream == nil && k.node().HostName == n.HostName && k.node().DERPPort == n.DERPPort:
+			same = k
+			continue
+		}
+		others++
+		if in {
+			inRegion++
+			if k.gone && (gone == nil || k.until.Before(gone.until)) {
+				gone = k
 			}
 		}
-		idle.Stop()
-		if err := f.send(&u); err != nil {
+	}
+	if others >= maxRelays || inRegion >= maxRegionRelays {
+		if same = cmp.Or(same, gone); same == nil {
+			return nil, errTooManyRelays
+		}
+	}
+	return same, nil
+}
+
+// end ends the stream of a relay, if there is one. Server.mu is held.
+func (k *knownRelay) end(code wire.ErrorCode) {
+	if k.stream != nil {
+		k.stream.code = code
+		close(k.stream.end)
+		k.stream = nil
+	}
+}
+
+// closeRelay notes that a stream has ended. The relay stays in the map for a
+// while, unless it said that it goes.
+func (s *Server) closeRelay(ctx context.Context, key identity.NodePublic, rs *relayStream) {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	k := s.relays.known[key]
+	if k == nil || k.stream != rs {
+		s.mu.Unlock()
+		return
+	}
+	k.stream, k.until = nil, s.cfg.Now().Add(s.cfg.RelayLease)
+	left := k.left
+	s.mu.Unlock()
+	if left {
+		if err := s.forgetRelay(context.WithoutCancel(ctx), fmt.Sprintf("key %d", rs.key), k); err == nil {
+			return
+		} else if s.ctx.Err() == nil {
+			s.log.Error("relay that left could not be removed", zap.Error(err))
+		}
+	}
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+}
+
+// leaveRelay takes a relay that drains out of the map.
+func (s *Server) leaveRelay(key identity.NodePublic, id int64) error {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s.relays.known[key]
+	if k == nil || k.Key != id {
+		return store.ErrNotFound
+	}
+	if !k.left {
+		k.left = true
+		s.derpChanged()
+	}
+	return nil
+}
+
+// endLeases takes relays that have been silent for too long out of the map and
+// returns the time to the next.
+func (s *Server) endLeases(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wait := time.Hour
+	changed := false
+	for _, k := range s.relays.known {
+		switch d := k.until.Sub(now); {
+		case k.until.IsZero() || k.gone:
+		case d > 0:
+			wait = min(wait, d)
+		default:
+			s.log.Info("relay is gone", zap.String("name", k.node().Name))
+			k.gone, changed = true, true
+			s.relays.remesh(k.Region.RegionID)
+		}
+	}
+	if changed {
+		s.derpChanged()
+	}
+	return wait
+}
+
+// forgetRelay removes a relay. opMu is held.
+func (s *Server) forgetRelay(ctx context.Context, by string, k *knownRelay) error {
+	if err := s.store.RemoveRelay(ctx, by, k.NodeKey, s.cfg.Now()); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.relays.known, k.NodeKey)
+	k.end(wire.CodeRelayKeyUnknown)
+	s.relays.remesh(k.Region.RegionID)
+	s.derpChanged()
+	return nil
+}
+
+// removeRelay forgets the relay with a name, or all of the region with a number.
+func (s *Server) removeRelay(ctx context.Context, by, name string) error {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	region, err := strconv.Atoi(name)
+	if err != nil {
+		region = 0
+	}
+	s.mu.Lock()
+	var remove []*knownRelay
+	for _, k := range s.relays.known {
+		if k.node().Name == name || k.Region.RegionID == region {
+			remove = append(remove, k)
+		}
+	}
+	s.mu.Unlock()
+	if len(remove) == 0 {
+		return store.ErrNotFound
+	}
+	for _, k := range remove {
+		if err := s.forgetRelay(ctx, by, k); err != nil {
 			return err
 		}
 	}
-}
-
-// removeRelay forgets a relay.
-func (s *Server) removeRelay(ctx context.Context, by string, id int) error {
-	s.opMu.Lock()
-	defer s.opMu.Unlock()
-	if err := s.store.RemoveRelay(ctx, by, id, s.cfg.Now()); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if relay, ok := s.relays.known[id]; ok {
-		delete(s.relays.known, id)
-		delete(s.relays.keys, relay.NodeKey)
-	}
-	s.endRelay(id, wire.CodeRelayKeyUnknown)
-	s.derpChanged()
 	return nil
 }

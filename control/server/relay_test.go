@@ -142,7 +142,7 @@ func TestRelayStream(t *testing.T) {
 	m.connect()
 	f, _, _ = m.relay(relayRequest(rk, relayKey, 901))
 	c := w.admin()
-	if err := c.RemoveRelay(context.Background(), 901); err != nil {
+	if err := c.RemoveRelay(context.Background(), "901"); err != nil {
 		t.Fatal(err)
 	}
 	for f.read() == nil {

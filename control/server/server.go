@@ -42,6 +42,7 @@ type Config struct {
 	KeyExpiry        time.Duration // of the node keys of users' nodes; default 90 days
 	OfflineGrace     time.Duration // silence after which a node counts as offline; default 10 s
 	EphemeralTimeout time.Duration // silence after which an ephemeral node is removed; default 120 s
+	RelayLease       time.Duration // silence after which a relay leaves the relay map; default 60 s
 	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s
 	Gather           time.Duration // least time between two messages of a stream, to join what happens at once; default 20 ms
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
@@ -69,6 +70,7 @@ func (c *Config) setDefaults() {
 	def(&c.KeyExpiry, 90*24*time.Hour)
 	def(&c.OfflineGrace, 10*time.Second)
 	def(&c.EphemeralTimeout, 120*time.Second)
+	def(&c.RelayLease, 60*time.Second)
 	def(&c.FlushInterval, time.Second)
 	def(&c.Gather, 20*time.Millisecond)
 	def(&c.WriteTimeout, 30*time.Second)
@@ -209,7 +211,7 @@ func (s *Server) load(ctx context.Context) error {
 		s.scheduleNode(n)
 		s.refresh(n)
 	}
-	if err := s.relays.load(ctx, s.store, s.cfg.DERPMap); err != nil {
+	if err := s.relays.load(ctx, s.store, s.cfg.DERPMap, now.Add(s.cfg.RelayLease)); err != nil {
 		return err
 	}
 	if err := s.loadPolicy(ctx); err != nil {

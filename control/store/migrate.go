@@ -29,7 +29,26 @@ var migrations = []func(context.Context, *sql.Tx) error{
 		_, err := tx.ExecContext(ctx, schema3)
 		return err
 	},
+	func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, schema4)
+		return err
+	},
 }
+
+// schema4: a region may have several relays.
+const schema4 = `
+ALTER TABLE relays RENAME TO relays_of_one;
+CREATE TABLE relays (
+	node_key  BLOB PRIMARY KEY,
+	region_id INTEGER NOT NULL,
+	region    TEXT NOT NULL,
+	key_id    INTEGER NOT NULL REFERENCES keys (id),
+	created   INTEGER NOT NULL
+) STRICT;
+INSERT INTO relays SELECT node_key, region_id, region, key_id, created FROM relays_of_one;
+DROP TABLE relays_of_one;
+CREATE INDEX relays_region ON relays (region_id);
+`
 
 // schema3: approved routes, where policies come from, access for a time, and a
 // candidate beside the policy.

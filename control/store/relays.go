@@ -47,7 +47,7 @@ func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
 		return err
 	}
 	id := r.Region.RegionID
-	return s.tx(ctx, fmt.Sprintf("store relay %d", id), func(tx *sql.Tx) error {
+	return s.tx(ctx, fmt.Sprintf("store relay of region %d", id), func(tx *sql.Tx) error {
 		var others int
 		err := tx.QueryRowContext(ctx, `SELECT count(*) FROM relays WHERE (region_id = ? OR node_key = ?) AND key_id <> ?`,
 			id, keyBytes(r.NodeKey), r.Key).Scan(&others)
@@ -57,23 +57,19 @@ func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
 		if others > 0 {
 			return fmt.Errorf("%w: another relay, with another relay key, has region %d", ErrConflict, id)
 		}
-		// A relay that moved to another region leaves the former one.
-		if _, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE node_key = ? AND region_id <> ?`, keyBytes(r.NodeKey), id); err != nil {
-			return err
-		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO relays (region_id, node_key, region, key_id, created) VALUES (?,?,?,?,?)
-			ON CONFLICT (region_id) DO UPDATE SET node_key = excluded.node_key, region = excluded.region`,
-			id, keyBytes(r.NodeKey), region, r.Key, stamp(r.Created))
+		_, err = tx.ExecContext(ctx, `INSERT INTO relays (node_key, region_id, region, key_id, created) VALUES (?,?,?,?,?)
+			ON CONFLICT (node_key) DO UPDATE SET region_id = excluded.region_id, region = excluded.region`,
+			keyBytes(r.NodeKey), id, region, r.Key, stamp(r.Created))
 		if err != nil {
 			return err
 		}
-		return note(ctx, tx, now, fmt.Sprintf("key %d", r.Key), "relay.put", strconv.Itoa(id), "")
+		return note(ctx, tx, now, fmt.Sprintf("key %d", r.Key), "relay.put", strconv.Itoa(id), r.NodeKey.Short())
 	})
 }
 
 // Relays implements Store.
 func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
-	return query(ctx, s, "list relays", `SELECT node_key, region, key_id, created FROM relays ORDER BY region_id`, func(rows *sql.Rows) (r Relay, err error) {
+	return query(ctx, s, "list relays", `SELECT node_key, region, key_id, created FROM relays ORDER BY region_id, created, node_key`, func(rows *sql.Rows) (r Relay, err error) {
 		var key []byte
 		var region string
 		var created int64
@@ -90,16 +86,14 @@ func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
 }
 
 // RemoveRelay implements Store.
-func (s *SQLite) RemoveRelay(ctx context.Context, by string, region int, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("remove relay %d", region), func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `DELETE FROM relays WHERE region_id = ?`, region)
+func (s *SQLite) RemoveRelay(ctx context.Context, by string, key identity.NodePublic, now time.Time) error {
+	return s.tx(ctx, "remove relay "+key.Short(), func(tx *sql.Tx) error {
+		var region int
+		err := tx.QueryRowContext(ctx, `DELETE FROM relays WHERE node_key = ? RETURNING region_id`, keyBytes(key)).Scan(&region)
 		if err != nil {
 			return err
 		}
-		if err := mustAffect(r); err != nil {
-			return err
-		}
-		return note(ctx, tx, now, by, "relay.remove", strconv.Itoa(region), "")
+		return note(ctx, tx, now, by, "relay.remove", strconv.Itoa(region), key.Short())
 	})
 }
 

@@ -155,11 +155,11 @@ type Grant struct {
 	Why     string // it ended: "revoked", "over", …
 }
 
-// Relay is a relay process that announced itself.
+// Relay is a relay process that announced itself. A region may have several.
 type Relay struct {
 	NodeKey identity.NodePublic
-	Region  *wire.DERPRegion
-	Key     int64 // Key.ID of its relay key
+	Region  *wire.DERPRegion // with this relay only
+	Key     int64            // Key.ID of its relay key
 	Created time.Time
 }
 
@@ -262,11 +262,11 @@ type Store interface {
 	// SetShadow puts a candidate beside the policy; "" takes it away.
 	SetShadow(ctx context.Context, by, text string, now time.Time) (Policy, error)
 
-	// PutRelay stores a relay under its region. ErrConflict: the region or the
-	// relay's key belongs to a relay that came with another relay key.
+	// PutRelay stores a relay under its key. ErrConflict: its region has, or
+	// the relay had, another relay key.
 	PutRelay(ctx context.Context, r Relay, now time.Time) error
 	Relays(ctx context.Context) ([]Relay, error)
-	RemoveRelay(ctx context.Context, by string, region int, now time.Time) error
+	RemoveRelay(ctx context.Context, by string, key identity.NodePublic, now time.Time) error
 
 	// Note records something that changes nothing else in the store.
 	Note(ctx context.Context, by, action, object, detail string, now time.Time) error

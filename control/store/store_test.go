@@ -369,20 +369,27 @@ func TestRelayConflict(t *testing.T) {
 	put := func(key identity.NodePublic, id int, k Key) error {
 		return s.PutRelay(ctx, Relay{NodeKey: key, Region: &wire.DERPRegion{RegionID: id}, Key: k.ID, Created: start}, start)
 	}
-	a, b := identity.NewNode().Public(), identity.NewNode().Public()
-	if err := errors.Join(put(a, 901, k1), put(a, 901, k1), put(a, 902, k1), put(b, 901, k2)); err != nil {
+	a, b, c := identity.NewNode().Public(), identity.NewNode().Public(), identity.NewNode().Public()
+	if err := errors.Join(put(a, 901, k1), put(a, 901, k1), put(a, 902, k1), put(b, 901, k2), put(c, 902, k1)); err != nil {
 		t.Fatal(err)
 	}
 	if err := put(b, 902, k2); !errors.Is(err, ErrConflict) {
 		t.Errorf("foreign region: %v, want ErrConflict", err)
 	}
-	if got := must[[]Relay](t)(s.Relays(ctx)); len(got) != 2 {
-		t.Errorf("%d relays, want 2", len(got))
+	if err := put(a, 903, k2); !errors.Is(err, ErrConflict) {
+		t.Errorf("relay with another relay key: %v, want ErrConflict", err)
 	}
-	if err := errors.Join(s.RemoveRelay(ctx, "test", 901, start)); err != nil {
+	regions := map[identity.NodePublic]int{}
+	for _, r := range must[[]Relay](t)(s.Relays(ctx)) {
+		regions[r.NodeKey] = r.Region.RegionID
+	}
+	if want := map[identity.NodePublic]int{a: 902, b: 901, c: 902}; !reflect.DeepEqual(regions, want) {
+		t.Errorf("relays %v, want %v", regions, want)
+	}
+	if err := s.RemoveRelay(ctx, "test", a, start); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.RemoveRelay(ctx, "test", 901, start); !errors.Is(err, ErrNotFound) {
+	if err := s.RemoveRelay(ctx, "test", a, start); !errors.Is(err, ErrNotFound) {
 		t.Errorf("remove twice: %v", err)
 	}
 }

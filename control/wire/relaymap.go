@@ -53,13 +53,31 @@ type RelayRequest struct {
 	RelayKey string      // the secret that admits a relay
 	NodeKey  NodeKey     // the relay's DERP key
 	Region   *DERPRegion // how nodes reach it: a region with this one node
+	// Leaving takes the relay out of the map, and is answered by one empty
+	// update: it drains. Its stream goes on until it has.
+	Leaving bool `json:",omitempty"`
 }
 
 // RelayUpdate tells a relay whom to admit.
 type RelayUpdate struct {
-	KeepAlive bool      `json:",omitempty"`
-	Full      bool      `json:",omitempty"` // Members is everybody; forget the rest
-	Members   []NodeKey `json:",omitempty"` // admit these
-	Removed   []NodeKey `json:",omitempty"` // and cut these
-	MeshCode  ErrorCode `json:",omitempty"` // the stream ends for this reason
+	KeepAlive bool       `json:",omitempty"`
+	Full      bool       `json:",omitempty"` // Members is everybody; forget the rest
+	Members   []NodeKey  `json:",omitempty"` // admit these
+	Removed   []NodeKey  `json:",omitempty"` // and cut these
+	Mesh      *RelayMesh `json:",omitempty"` // nil = unchanged
+	MeshCode  ErrorCode  `json:",omitempty"` // the stream ends for this reason
+}
+
+// RelayMesh tells a relay with which others it forwards: those of its region.
+type RelayMesh struct {
+	// Key is the secret that they share, 64 hexadecimal digits. It changes
+	// with the relays of the region. Nodes never see it.
+	Key   string
+	Peers []RelayPeer // none = the relay is alone
+}
+
+// RelayPeer is another relay of the region.
+type RelayPeer struct {
+	NodeKey NodeKey   // its DERP key
+	Node    *DERPNode // how to reach it
 }

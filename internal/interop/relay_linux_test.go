@@ -62,7 +62,7 @@ func TestStockUsesOurRelayProcess(t *testing.T) {
 		relays, err := m.Admin.Relays(t.Context())
 		return err == nil && len(relays) == 2
 	})
-	if err := m.Admin.RemoveRelay(t.Context(), 910); err != nil {
+	if err := m.Admin.RemoveRelay(t.Context(), "910"); err != nil {
 		t.Fatal(err)
 	}
 	first.Close()
