@@ -49,7 +49,7 @@ func commands() []*command {
 		shadowSet, shadowGet, shadowReport, shadowClear,
 		grantAdd, grantList, grantRevoke,
 		relayList, relayRemove,
-		auditCommand,
+		auditCommand, auditVerify,
 	}
 }
 

@@ -299,7 +299,18 @@ type AuditEntry struct {
 	ID     int64     `json:"id"`
 	At     time.Time `json:"at"`
 	Actor  string    `json:"actor"`
+	Source string    `json:"source,omitempty"` // where from: an address, "unix socket"
 	Action string    `json:"action"`
 	Object string    `json:"object"`
 	Detail string    `json:"detail,omitempty"`
+	Before string    `json:"before,omitempty"` // what a change replaced
+	After  string    `json:"after,omitempty"`
+	Prev   string    `json:"prev"` // hash of the entry before, hexadecimal
+	Hash   string    `json:"hash"` // of all the rest
+}
+
+// AuditHead names the newest entry of the audit record.
+type AuditHead struct {
+	ID   int64  `json:"id"` // 0 = the record is empty
+	Hash string `json:"hash"`
 }

@@ -266,7 +266,14 @@ func (c *Client) RemoveRelay(ctx context.Context, name string) error {
 	return c.do(ctx, "DELETE", "/v1/relays/"+url.PathEscape(name), nil, nil)
 }
 
-// Audit returns what changed since a time, oldest first.
-func (c *Client) Audit(ctx context.Context, since time.Time) ([]AuditEntry, error) {
-	return get[[]AuditEntry](ctx, c, "GET", "/v1/audit?since="+url.QueryEscape(since.UTC().Format(time.RFC3339Nano)), nil)
+// Audit returns what changed since a time and follows the entry with the ID
+// after (0 = all), oldest first, MaxAudit entries at most.
+func (c *Client) Audit(ctx context.Context, since time.Time, after int64) ([]AuditEntry, error) {
+	q := url.Values{"since": {since.UTC().Format(time.RFC3339Nano)}, "after": {strconv.FormatInt(after, 10)}}
+	return get[[]AuditEntry](ctx, c, "GET", "/v1/audit?"+q.Encode(), nil)
+}
+
+// AuditHead names the newest entry of the audit record.
+func (c *Client) AuditHead(ctx context.Context) (AuditHead, error) {
+	return get[AuditHead](ctx, c, "GET", "/v1/audit/head", nil)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"time"
 
 	"go.uber.org/zap"
@@ -80,9 +81,10 @@ func (s *Server) AdminHandler() http.Handler {
 		"GET /v1/relays":                 s.adminRelays,
 		"DELETE /v1/relays/{id}":         s.adminRemoveRelay,
 		"GET /v1/audit":                  s.adminAudit,
+		"GET /v1/audit/head":             s.adminAuditHead,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			v, err := f(r)
+			v, err := f(r.WithContext(store.WithSource(r.Context(), "unix socket")))
 			if err != nil {
 				s.adminError(w, err)
 				return
@@ -182,13 +184,28 @@ func (s *Server) adminAudit(r *http.Request) (any, error) {
 			return nil, fmt.Errorf("%w: since: %w", errInvalid, err)
 		}
 	}
-	entries, err := s.store.Audit(r.Context(), since, admin.MaxAudit)
+	var after int64
+	if text := r.URL.Query().Get("after"); text != "" {
+		var err error
+		if after, err = strconv.ParseInt(text, 10, 64); err != nil {
+			return nil, fmt.Errorf("%w: after: %q: want the number of an entry", errInvalid, clip(text))
+		}
+	}
+	entries, err := s.store.Audit(r.Context(), since, after, admin.MaxAudit)
 	if err != nil {
 		return nil, err
 	}
 	out := make([]admin.AuditEntry, 0, len(entries))
 	for _, e := range entries {
-		out = append(out, admin.AuditEntry(e))
+		out = append(out, admin.AuditEntry{
+			ID: e.ID, At: e.At, Actor: e.Actor, Source: e.Source, Action: e.Action, Object: e.Object, Detail: e.Detail,
+			Before: e.Before, After: e.After, Prev: e.Prev.String(), Hash: e.Hash.String(),
+		})
 	}
 	return out, nil
+}
+
+func (s *Server) adminAuditHead(r *http.Request) (any, error) {
+	h, err := s.store.AuditHead(r.Context())
+	return admin.AuditHead{ID: h.ID, Hash: h.Hash.String()}, err
 }

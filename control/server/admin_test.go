@@ -147,7 +147,7 @@ func TestAdmin(t *testing.T) {
 	// No secret is in any list, in the record of changes, or in the log.
 	secrets := []string{k.Secret, rk.Secret, k.Secret[len(k.Secret)-20:], rk.Secret[len(rk.Secret)-20:]}
 	lists, err := json.Marshal([]any{
-		must[[]admin.Key](t)(c.Keys(ctx)), must[[]admin.AuditEntry](t)(c.Audit(ctx, time.Time{})),
+		must[[]admin.Key](t)(c.Keys(ctx)), must[[]admin.AuditEntry](t)(c.Audit(ctx, time.Time{}, 0)),
 		must[[]admin.Node](t)(c.Nodes(ctx)), must[[]admin.User](t)(c.Users(ctx)), must[[]admin.Relay](t)(c.Relays(ctx)), seen.All(),
 	})
 	if err != nil {

@@ -92,13 +92,13 @@ func TestRename(t *testing.T) {
 	host("another", 3)
 	na.until(t, "the host's next name", func() bool { return na.self.Name == "another.mesh.internal." })
 	var renames []string
-	log, err := w.store.Audit(ctx, time.Time{}, 100)
+	log, err := w.store.Audit(ctx, time.Time{}, 0, 100)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range log {
 		if e.Action == "node.rename" {
-			renames = append(renames, e.Actor+": "+e.Object+" "+e.Detail)
+			renames = append(renames, e.Actor+": "+e.Object+" "+e.After)
 		}
 	}
 	want := "[test: a front test: front front test: front other node: other another]"

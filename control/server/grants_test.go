@@ -165,7 +165,7 @@ func TestGrantsByHand(t *testing.T) {
 	if len(list) != 3 || list[0].Why != "a node that it names was removed" || list[2].ID != third.ID || !list[2].Ended.IsZero() {
 		t.Errorf("after the removal: %+v", list)
 	}
-	log := must[[]admin.AuditEntry](t)(c.Audit(ctx, time.Time{}))
+	log := must[[]admin.AuditEntry](t)(c.Audit(ctx, time.Time{}, 0))
 	count := map[string]int{}
 	for _, e := range log {
 		count[e.Action]++

@@ -128,8 +128,8 @@ func TestLogin(t *testing.T) {
 		t.Errorf("logins after all: %+v", list)
 	}
 	var seen bool
-	for _, e := range must[[]admin.AuditEntry](t)(c.Audit(t.Context(), time.Time{})) {
-		seen = seen || e.Action == "node.approve" && e.Actor == localAdmin && strings.Contains(e.Detail, "alice")
+	for _, e := range must[[]admin.AuditEntry](t)(c.Audit(t.Context(), time.Time{}, 0)) {
+		seen = seen || e.Action == "node.approve" && e.Actor == localAdmin && e.Source == "unix socket" && strings.Contains(e.After, "alice")
 		if strings.Contains(fmt.Sprint(e), list[0].Code) {
 			t.Errorf("the code is on record: %+v", e)
 		}

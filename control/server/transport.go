@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"mesh/control/noise"
+	"mesh/control/store"
 	"mesh/control/wire"
 	"mesh/identity"
 )
@@ -215,6 +216,9 @@ func (t *transport) serveInner(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(t.s.ctx, cancel)()
+	if c.source.IsValid() {
+		ctx = store.WithSource(ctx, c.source.String())
+	}
 	t.s.serveMachine(w, r.WithContext(ctx), c)
 }
 

@@ -46,7 +46,7 @@ func TestGrants(t *testing.T) {
 		t.Errorf("with none of the past: %+v", got)
 	}
 	var log []string
-	for _, e := range must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 100)) {
+	for _, e := range must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 0, 100)) {
 		log = append(log, e.Actor+" "+e.Action+" "+e.Object+" "+e.Detail)
 	}
 	want := []string{
@@ -108,8 +108,8 @@ func TestApprovedRoutes(t *testing.T) {
 	if err := s.ApproveRoutes(ctx, "admin", 99, nil, start); !errors.Is(err, ErrNotFound) {
 		t.Errorf("of no node: %v", err)
 	}
-	log := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 100))
-	if e := log[len(log)-1]; e.Action != "node.routes" || e.Detail != "10.0.0.0/8 ::/0" {
+	log := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 0, 100))
+	if e := log[len(log)-1]; e.Action != "node.routes" || e.After != "10.0.0.0/8 ::/0" {
 		t.Errorf("on record %+v", e)
 	}
 }

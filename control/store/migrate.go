@@ -33,7 +33,39 @@ var migrations = []func(context.Context, *sql.Tx) error{
 		_, err := tx.ExecContext(ctx, schema4)
 		return err
 	},
+	func(ctx context.Context, tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, schema5); err != nil {
+			return err
+		}
+		if err := chainAudit(ctx, tx); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, schema5Sealed)
+		return err
+	},
 }
+
+// schema5: users can be suspended; the audit record is a chain, says where
+// changes came from, and takes no other change than one more entry.
+const schema5 = `
+ALTER TABLE users ADD COLUMN suspended INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE audit ADD COLUMN source TEXT NOT NULL DEFAULT '';
+ALTER TABLE audit ADD COLUMN before TEXT NOT NULL DEFAULT '';
+ALTER TABLE audit ADD COLUMN after TEXT NOT NULL DEFAULT '';
+ALTER TABLE audit ADD COLUMN prev BLOB NOT NULL DEFAULT x'';
+ALTER TABLE audit ADD COLUMN hash BLOB NOT NULL DEFAULT x'';
+
+CREATE TABLE audit_head (
+	id   INTEGER PRIMARY KEY CHECK (id = 1),
+	last INTEGER NOT NULL,
+	hash BLOB NOT NULL
+) STRICT;
+`
+
+const schema5Sealed = `
+CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit record is append-only'); END;
+CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit record is append-only'); END;
+`
 
 // schema4: a region may have several relays.
 const schema4 = `

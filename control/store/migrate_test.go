@@ -64,7 +64,7 @@ func TestOldFileIsMigrated(t *testing.T) {
 			t.Errorf("last node %d, want 2", id)
 		}
 		must[identity.MachinePrivate](t)(s.ServerKey(ctx))
-		if log := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 100)); len(log) != 7 {
+		if log := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 0, 100)); len(log) != 7 {
 			t.Errorf("audit: %+v", log)
 		}
 		s.Close()
@@ -132,7 +132,7 @@ func TestAdmitNodeAndOwners(t *testing.T) {
 		t.Fatal(err)
 	}
 	var actions []string
-	for _, e := range must[[]AuditEntry](t)(s.Audit(ctx, start, 100)) {
+	for _, e := range must[[]AuditEntry](t)(s.Audit(ctx, start, 0, 100)) {
 		actions = append(actions, e.Action)
 	}
 	if want := []string{"user.create", "node.approve", "node.approve", "node.tag", "node.tag", "node.reject"}; !reflect.DeepEqual(actions, want) {

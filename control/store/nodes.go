@@ -92,7 +92,11 @@ func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now t
 		if _, err := tx.ExecContext(ctx, `UPDATE keys SET used = ?, used_by = ? WHERE id = ?`, stamp(now), n.ID, k.ID); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, fmt.Sprintf("key %d", k.ID), action, n.Name, n.IPv4.String())
+		owner, err := ownerText(ctx, tx, n.User, n.Tags)
+		if err != nil {
+			return err
+		}
+		return noteChange(ctx, tx, now, fmt.Sprintf("key %d", k.ID), action, n.Name, "", n.IPv4.String()+" for "+owner)
 	})
 	if err != nil {
 		return Node{}, err
@@ -111,7 +115,7 @@ func (s *SQLite) AdmitNode(ctx context.Context, by string, n Node, now time.Time
 		if err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "node.approve", n.Name, n.IPv4.String()+" for "+owner)
+		return noteChange(ctx, tx, now, by, "node.approve", n.Name, "", n.IPv4.String()+" for "+owner)
 	})
 	if err != nil {
 		return Node{}, err
@@ -163,8 +167,26 @@ func ownerText(ctx context.Context, tx *sql.Tx, user wire.UserID, tags []string)
 	if len(tags) > 0 {
 		return strings.Join(tags, " "), nil
 	}
+	if user == 0 {
+		return "nobody", nil
+	}
 	err = tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = ?`, user).Scan(&name)
 	return name, err
+}
+
+// nodeOwner returns the name of a node and of whom it belongs to.
+func nodeOwner(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, owner string, err error) {
+	var user wire.UserID
+	var text string
+	var tags []string
+	if err := tx.QueryRowContext(ctx, `SELECT name, coalesce(user_id, 0), tags FROM nodes WHERE id = ?`, id).Scan(&name, &user, &text); err != nil {
+		return "", "", err
+	}
+	if err := decode(text, &tags); err != nil {
+		return "", "", err
+	}
+	owner, err = ownerText(ctx, tx, user, tags)
+	return name, owner, err
 }
 
 // retire moves the present key of a node to the dead ones.
@@ -194,10 +216,27 @@ func mustAffect(r sql.Result) error {
 	return err
 }
 
+// keyOf returns the name of a node and the short form of its key.
+func keyOf(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, key string, err error) {
+	var b []byte
+	if err := tx.QueryRowContext(ctx, `SELECT name, node_key FROM nodes WHERE id = ?`, id).Scan(&name, &b); err != nil {
+		return "", "", err
+	}
+	var k [identity.KeyLen]byte
+	if err := copyKey(&k, b); err != nil {
+		return "", "", fmt.Errorf("%w: node %d: %w", ErrCorrupt, id, err)
+	}
+	return name, identity.NodePublicFrom(k).Short(), nil
+}
+
 // RotateNodeKey implements Store.
 func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(tx *sql.Tx) error {
 		if err := notDead(ctx, tx, key); err != nil {
+			return err
+		}
+		name, old, err := keyOf(ctx, tx, id)
+		if err != nil {
 			return err
 		}
 		if err := retire(ctx, tx, id, false, now); err != nil {
@@ -206,25 +245,29 @@ func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ? WHERE id = ?`, keyBytes(key), id); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, "node", "node.rotate", fmt.Sprint(id), key.Short())
+		return noteChange(ctx, tx, now, "node", "node.rotate", name, old, key.Short())
 	})
+}
+
+func expiryText(at time.Time) string {
+	if at.IsZero() {
+		return "never"
+	}
+	return at.UTC().Format(time.RFC3339)
 }
 
 // ExpireNode implements Store.
 func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("expire node %d", id), func(tx *sql.Tx) error {
 		var name string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+		var old int64
+		if err := tx.QueryRowContext(ctx, `SELECT name, expires FROM nodes WHERE id = ?`, id).Scan(&name, &old); err != nil {
 			return err
 		}
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ? WHERE id = ?`, stamp(at), id); err != nil {
 			return err
 		}
-		when := "never"
-		if !at.IsZero() {
-			when = at.UTC().Format(time.RFC3339)
-		}
-		return note(ctx, tx, now, by, "node.expire", name, when)
+		return noteChange(ctx, tx, now, by, "node.expire", name, expiryText(unstamp(old)), expiryText(at))
 	})
 }
 
@@ -238,7 +281,7 @@ func (s *SQLite) RenameNode(ctx context.Context, by string, id wire.NodeID, host
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = ?, name = ?, named = ? WHERE id = ?`, hostname, name, named, id); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "node.rename", old, name)
+		return noteChange(ctx, tx, now, by, "node.rename", old, old, name)
 	})
 }
 
@@ -249,8 +292,8 @@ func (s *SQLite) SetOwner(ctx context.Context, by string, id wire.NodeID, user w
 		return err
 	}
 	return s.tx(ctx, fmt.Sprintf("set owner of node %d", id), func(tx *sql.Tx) error {
-		var name string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+		name, before, err := nodeOwner(ctx, tx, id)
+		if err != nil {
 			return err
 		}
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET user_id = ?, tags = ?, expires = ? WHERE id = ?`, nullID(user), text, stamp(expires), id); err != nil {
@@ -260,8 +303,15 @@ func (s *SQLite) SetOwner(ctx context.Context, by string, id wire.NodeID, user w
 		if err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "node.tag", name, owner)
+		return noteChange(ctx, tx, now, by, "node.tag", name, before, owner)
 	})
+}
+
+func routesText(routes []netip.Prefix) string {
+	if len(routes) == 0 {
+		return "none"
+	}
+	return strings.Trim(fmt.Sprint(routes), "[]")
 }
 
 // ApproveRoutes implements Store.
@@ -271,26 +321,26 @@ func (s *SQLite) ApproveRoutes(ctx context.Context, by string, id wire.NodeID, r
 		return err
 	}
 	return s.tx(ctx, fmt.Sprintf("approve routes of node %d", id), func(tx *sql.Tx) error {
-		var name string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+		var name, old string
+		if err := tx.QueryRowContext(ctx, `SELECT name, routes FROM nodes WHERE id = ?`, id).Scan(&name, &old); err != nil {
+			return err
+		}
+		var before []netip.Prefix
+		if err := decode(old, &before); err != nil {
 			return err
 		}
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET routes = ? WHERE id = ?`, text, id); err != nil {
 			return err
 		}
-		detail := "none"
-		if len(routes) > 0 {
-			detail = strings.Trim(fmt.Sprint(routes), "[]")
-		}
-		return note(ctx, tx, now, by, "node.routes", name, detail)
+		return noteChange(ctx, tx, now, by, "node.routes", name, routesText(before), routesText(routes))
 	})
 }
 
 // RemoveNode implements Store.
 func (s *SQLite) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("remove node %d", id), func(tx *sql.Tx) error {
-		var name string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&name); err != nil {
+		name, owner, err := nodeOwner(ctx, tx, id)
+		if err != nil {
 			return err
 		}
 		if bury {
@@ -301,7 +351,7 @@ func (s *SQLite) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury
 		if _, err := tx.ExecContext(ctx, `DELETE FROM nodes WHERE id = ?`, id); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "node.remove", name, fmt.Sprint(id))
+		return noteChange(ctx, tx, now, by, "node.remove", name, fmt.Sprintf("node %d of %s", id, owner), "")
 	})
 }
 

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"crypto/sha256"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -67,13 +68,21 @@ func (s *SQLite) SetPolicy(ctx context.Context, by, text, why string, expect int
 		if p.Version, err = r.LastInsertId(); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "policy.set", strconv.FormatInt(p.Version, 10), why)
+		e := AuditEntry{At: now, Actor: by, Action: "policy.set", Object: strconv.FormatInt(p.Version, 10), Detail: why, After: textSum(text)}
+		if old.Version > 0 {
+			e.Before = textSum(old.Text)
+		}
+		return record(ctx, tx, e)
 	})
 	if err != nil {
 		return Policy{}, err
 	}
 	return p, nil
 }
+
+// textSum names a policy's text in the audit record, so that the record also
+// vouches for the texts in the table of versions.
+func textSum(text string) string { return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(text))) }
 
 // Shadow implements Store.
 func (s *SQLite) Shadow(ctx context.Context) (p Policy, err error) {
@@ -99,7 +108,7 @@ func (s *SQLite) SetShadow(ctx context.Context, by, text string, now time.Time) 
 		if _, err := tx.ExecContext(ctx, `INSERT INTO shadow (id, text, author, created) VALUES (1,?,?,?)`, text, by, stamp(now)); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "policy.shadow.set", "shadow", "")
+		return note(ctx, tx, now, by, "policy.shadow.set", "shadow", textSum(text))
 	})
 	if err != nil {
 		return Policy{}, err

@@ -96,19 +96,3 @@ func (s *SQLite) RemoveRelay(ctx context.Context, by string, key identity.NodePu
 		return note(ctx, tx, now, by, "relay.remove", strconv.Itoa(region), key.Short())
 	})
 }
-
-// Note implements Store.
-func (s *SQLite) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
-	return s.tx(ctx, "record "+action, func(tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
-}
-
-// Audit implements Store.
-func (s *SQLite) Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error) {
-	return query(ctx, s, "read audit", `SELECT id, at, actor, action, object, detail FROM audit WHERE at >= ? ORDER BY id LIMIT ?`,
-		func(r *sql.Rows) (a AuditEntry, err error) {
-			var at int64
-			err = r.Scan(&a.ID, &at, &a.Actor, &a.Action, &a.Object, &a.Detail)
-			a.At = unstamp(at)
-			return a, err
-		}, stamp(since), limit)
-}

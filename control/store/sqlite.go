@@ -196,10 +196,3 @@ func unstamp(n int64) time.Time {
 	}
 	return time.Unix(0, n).UTC()
 }
-
-// note writes an entry of the audit record.
-func note(ctx context.Context, tx *sql.Tx, now time.Time, by, action, object, detail string) error {
-	_, err := tx.ExecContext(ctx, `INSERT INTO audit (at, actor, action, object, detail) VALUES (?,?,?,?,?)`,
-		stamp(now), by, action, object, detail)
-	return err
-}

@@ -34,6 +34,9 @@ type User struct {
 	Name    string // login name, lower case, unique
 	Role    string // RoleOwner or RoleMember
 	Created time.Time
+	// Suspended is since when the user's nodes and keys are refused; zero = they
+	// are not.
+	Suspended time.Time
 }
 
 // Roles of users.
@@ -163,19 +166,9 @@ type Relay struct {
 	Created time.Time
 }
 
-// AuditEntry records one change.
-type AuditEntry struct {
-	ID     int64
-	At     time.Time
-	Actor  string // who did it
-	Action string // "node.register", "policy.set", …
-	Object string // what it was done to
-	Detail string // never a secret
-}
-
 // Store is the memory of a control server. All methods may be called
 // concurrently; each is one transaction. The by argument is the actor written
-// to the audit record.
+// to the audit record; WithSource says where it acts from.
 type Store interface {
 	// Secret returns the named secret of the server. On first use it is what
 	// fresh returns.
@@ -187,6 +180,8 @@ type Store interface {
 	// taken.
 	CreateUser(ctx context.Context, by, name string, now time.Time) (User, error)
 	Users(ctx context.Context) ([]User, error)
+	// SuspendUser suspends a user, or ends that. It is idempotent.
+	SuspendUser(ctx context.Context, by string, id wire.UserID, suspended bool, now time.Time) (User, error)
 	// RemoveUser removes a user and its keys. ErrConflict: it still has nodes.
 	RemoveUser(ctx context.Context, by string, id wire.UserID, now time.Time) error
 
@@ -270,8 +265,11 @@ type Store interface {
 
 	// Note records something that changes nothing else in the store.
 	Note(ctx context.Context, by, action, object, detail string, now time.Time) error
-	// Audit returns the entries since a time, oldest first, limit at most.
-	Audit(ctx context.Context, since time.Time, limit int) ([]AuditEntry, error)
+	// Audit returns the entries since a time that follow the one with the ID
+	// after (0 = all), oldest first, limit at most.
+	Audit(ctx context.Context, since time.Time, after int64, limit int) ([]AuditEntry, error)
+	// AuditHead names the newest entry, as it is kept apart from the entries.
+	AuditHead(ctx context.Context) (AuditHead, error)
 
 	Close() error
 }

@@ -133,7 +133,7 @@ func TestEverythingSurvivesReopening(t *testing.T) {
 	if got := must[[]Relay](t)(s.Relays(ctx)); len(got) != 1 || !reflect.DeepEqual(got[0], relay) {
 		t.Errorf("relays %+v, want %+v", got, relay)
 	}
-	audit := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 100))
+	audit := must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 0, 100))
 	for _, e := range audit {
 		if strings.Contains(e.Detail+e.Object, text) {
 			t.Error("audit holds a secret")

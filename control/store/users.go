@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"mesh/control/wire"
@@ -32,7 +33,7 @@ func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time)
 			return err
 		}
 		u.ID = wire.UserID(id)
-		return note(ctx, tx, now, by, "user.create", name, u.Role)
+		return noteChange(ctx, tx, now, by, "user.create", name, "", u.Role)
 	})
 	if err != nil {
 		return User{}, err
@@ -42,12 +43,39 @@ func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time)
 
 // Users implements Store.
 func (s *SQLite) Users(ctx context.Context) ([]User, error) {
-	return query(ctx, s, "list users", `SELECT id, name, role, created FROM users ORDER BY id`, func(r *sql.Rows) (u User, err error) {
-		var created int64
-		err = r.Scan(&u.ID, &u.Name, &u.Role, &created)
-		u.Created = unstamp(created)
-		return u, err
+	return query(ctx, s, "list users", `SELECT `+userColumns+` FROM users ORDER BY id`, func(r *sql.Rows) (User, error) {
+		return scanUser(r.Scan)
 	})
+}
+
+const userColumns = `id, name, role, created, suspended`
+
+func scanUser(scan func(...any) error) (u User, err error) {
+	var created, suspended int64
+	err = scan(&u.ID, &u.Name, &u.Role, &created, &suspended)
+	u.Created, u.Suspended = unstamp(created), unstamp(suspended)
+	return u, err
+}
+
+// SuspendUser implements Store.
+func (s *SQLite) SuspendUser(ctx context.Context, by string, id wire.UserID, suspended bool, now time.Time) (u User, err error) {
+	err = s.tx(ctx, fmt.Sprintf("suspend user %d", id), func(tx *sql.Tx) error {
+		u, err = scanUser(tx.QueryRowContext(ctx, `SELECT `+userColumns+` FROM users WHERE id = ?`, id).Scan)
+		if err != nil || suspended == !u.Suspended.IsZero() {
+			return err
+		}
+		action, before, after := "user.resume", "suspended", "active"
+		u.Suspended = time.Time{}
+		if suspended {
+			action, before, after = "user.suspend", "active", "suspended"
+			u.Suspended = now
+		}
+		if _, err := tx.ExecContext(ctx, `UPDATE users SET suspended = ? WHERE id = ?`, stamp(u.Suspended), id); err != nil {
+			return err
+		}
+		return noteChange(ctx, tx, now, by, action, u.Name, before, after)
+	})
+	return u, err
 }
 
 // RemoveUser implements Store.
@@ -94,7 +122,11 @@ func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, 
 		if k.ID, err = r.LastInsertId(); err != nil {
 			return err
 		}
-		return note(ctx, tx, k.Created, by, "key.create", strconv.FormatInt(k.ID, 10), string(k.Kind))
+		about, err := keyAbout(ctx, tx, k)
+		if err != nil {
+			return err
+		}
+		return noteChange(ctx, tx, k.Created, by, "key.create", strconv.FormatInt(k.ID, 10), "", about)
 	})
 	if err != nil {
 		return Key{}, "", err
@@ -123,6 +155,28 @@ func (s *SQLite) Keys(ctx context.Context) ([]Key, error) {
 	})
 }
 
+// keyAbout says what a key is good for, in the audit record.
+func keyAbout(ctx context.Context, tx *sql.Tx, k Key) (string, error) {
+	words := []string{"for relays"}
+	if k.Kind == KeyNode {
+		owner, err := ownerText(ctx, tx, k.User, k.Tags)
+		if err != nil {
+			return "", err
+		}
+		words = []string{"for nodes of " + owner}
+	}
+	if k.Reusable {
+		words = append(words, "reusable")
+	}
+	if k.Ephemeral {
+		words = append(words, "ephemeral")
+	}
+	if k.Expires.IsZero() {
+		return strings.Join(append(words, "never expires"), ", "), nil
+	}
+	return strings.Join(append(words, "until "+k.Expires.UTC().Format(time.RFC3339)), ", "), nil
+}
+
 // RevokeKey implements Store.
 func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Time) (k Key, err error) {
 	err = s.tx(ctx, fmt.Sprintf("revoke key %d", id), func(tx *sql.Tx) error {
@@ -134,7 +188,11 @@ func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Ti
 		if _, err := tx.ExecContext(ctx, `UPDATE keys SET revoked = ? WHERE id = ?`, stamp(now), id); err != nil {
 			return err
 		}
-		return note(ctx, tx, now, by, "key.revoke", strconv.FormatInt(id, 10), string(k.Kind))
+		about, err := keyAbout(ctx, tx, k)
+		if err != nil {
+			return err
+		}
+		return noteChange(ctx, tx, now, by, "key.revoke", strconv.FormatInt(id, 10), about, "revoked")
 	})
 	return k, err
 }
