@@ -28,6 +28,7 @@ type options struct {
 	rounds   int
 	seconds  float64
 	short    int
+	fleet    int
 	only     *regexp.Regexp
 	stacks   *regexp.Regexp
 	profiles string
@@ -41,12 +42,13 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 5, "rounds; the table has the medians")
 	flag.Float64Var(&o.seconds, "seconds", 1.5, "length of a stream or of a series of calls")
 	flag.IntVar(&o.short, "short", 2000, "short connections per round")
+	flag.IntVar(&o.fleet, "fleet", 500, "nodes of the process full of nodes")
 	only := flag.String("only", "", "regular expression of the scenarios to run: "+strings.Join(scenarioNames(), ", "))
 	stacks := flag.String("stacks", "", "regular expression of the stacks to measure: ours, tsnet, wg")
 	flag.StringVar(&ours, "ours", "", "program ours, already built")
 	flag.StringVar(&stock, "stock", "", "program stock, already built")
 	flag.Var(&also, "also", "NAME=PROGRAM, another build of ours to measure")
-	flag.StringVar(&o.profiles, "profiles", "", "directory for CPU profiles of the streams")
+	flag.StringVar(&o.profiles, "profiles", "", "directory for CPU profiles of the streams, and for what idle nodes hold")
 	flag.BoolVar(&o.verbose, "v", false, "print each figure when it is measured")
 	flag.Parse()
 	o.only, o.stacks = regexp.MustCompile(*only), regexp.MustCompile(*stacks)
@@ -57,7 +59,7 @@ func main() {
 		fatal("prepare the network namespace: %v", err)
 	}
 	list := []*stack{
-		{name: "ours", cmd: []string{os.Getenv(oursEnv)}, servers: true},
+		{name: "ours", cmd: []string{os.Getenv(oursEnv)}, servers: true, ours: true},
 		{name: "tsnet", cmd: []string{os.Getenv(stockEnv), "tsnet"}, servers: true, relayEnv: "TS_DEBUG_NEVER_DIRECT_UDP=1"},
 		{name: "wg", cmd: []string{os.Getenv(stockEnv), "wg"}},
 	}
@@ -66,7 +68,7 @@ func main() {
 		if !ok {
 			fatal("-also %s: want NAME=PROGRAM", a)
 		}
-		list = append(list, &stack{name: name, cmd: []string{program}, servers: true})
+		list = append(list, &stack{name: name, cmd: []string{program}, servers: true, ours: true})
 	}
 	b := &bench{options: o, figures: make(map[string]map[string][]float64)}
 	for _, s := range list {

@@ -19,6 +19,7 @@ type stack struct {
 	name     string
 	cmd      []string
 	servers  bool   // nodes need servers
+	ours     bool   // this library, in some build
 	relayEnv string // makes nodes use the relay only; "" = NodeArgs does
 }
 

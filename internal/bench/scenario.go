@@ -11,6 +11,7 @@ type scenario struct {
 	name string
 	run  func(b *bench, s *stack) error
 	not  string // the stack that cannot
+	ours bool   // only this library can
 }
 
 var scenarios = []scenario{
@@ -20,6 +21,7 @@ var scenarios = []scenario{
 	{name: "join", run: join, not: "wg"},
 	{name: "short", run: short},
 	{name: "idle", run: idle},
+	{name: "fleet", run: fleet, ours: true},
 	{name: "ten", run: ten},
 	{name: "map1000", run: func(b *bench, s *stack) error { return netmap(b, s, 1000) }, not: "wg"},
 	{name: "map10000", run: func(b *bench, s *stack) error { return netmap(b, s, 10000) }, not: "wg"},
@@ -199,6 +201,11 @@ func idle(b *bench, s *stack) error {
 	}
 	if err := p.call("usage", load.UsageArgs{Collect: true}, &one); err != nil {
 		return err
+	}
+	if b.profiles != "" {
+		if err := p.call("dump", load.DumpArgs{Prefix: b.profiles + "/" + s.name + "-idle"}, nil); err != nil {
+			return err
+		}
 	}
 	b.add(s, "idle node: heap KB", (one.Heap-none.Heap)/1e3)
 	b.add(s, "idle node: goroutines", one.Goroutines-none.Goroutines)

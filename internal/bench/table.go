@@ -54,7 +54,7 @@ func (b *bench) run() {
 			}
 			for i := range b.stacks {
 				s := b.stacks[(i+round)%len(b.stacks)]
-				if s.name == sc.not {
+				if s.name == sc.not || sc.ours && !s.ours {
 					continue
 				}
 				fmt.Fprintf(os.Stderr, "round %d: %s: %s\n", round+1, sc.name, s.name)

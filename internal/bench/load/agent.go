@@ -37,6 +37,9 @@ type NodeArgs struct {
 type Servers interface {
 	Info() (ServersInfo, error)
 	Fake(n int) error // add nodes to the netmap that do not exist
+	// Groups makes groups of nodes that see only those of their own, and
+	// returns the key of each.
+	Groups(n int) ([]string, error)
 	Close()
 }
 
@@ -82,6 +85,9 @@ func Main(s Stack) {
 	ops := map[string]func(context.Context, json.RawMessage) (any, error){
 		"servers":  op(a.startServers),
 		"fake":     op(a.fake),
+		"groups":   op(a.groups),
+		"fleet":    op(a.fleet),
+		"dump":     op(a.dump),
 		"up":       op(a.up),
 		"down":     op(a.down),
 		"peers":    op(a.awaitPeers),

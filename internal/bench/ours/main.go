@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -91,6 +92,41 @@ func (s *servers) Info() (load.ServersInfo, error) {
 }
 
 func (s *servers) Fake(int) error { return errors.New("the servers invent no nodes") }
+
+func (s *servers) Groups(n int) ([]string, error) {
+	type rule struct {
+		Action string   `json:"action"`
+		Src    []string `json:"src"`
+		Dst    []string `json:"dst"`
+	}
+	var policy struct {
+		TagOwners map[string][]string `json:"tagOwners"`
+		ACLs      []rule              `json:"acls"`
+	}
+	policy.TagOwners = make(map[string][]string)
+	tag := func(i int) string { return fmt.Sprintf("tag:group%d", i) }
+	for i := range n {
+		policy.TagOwners[tag(i)] = []string{}
+		policy.ACLs = append(policy.ACLs, rule{"accept", []string{tag(i)}, []string{tag(i) + ":*"}})
+	}
+	text, err := json.Marshal(policy)
+	if err != nil {
+		return nil, err
+	}
+	ctx, c := context.Background(), admin.NewClient(s.host.Socket())
+	if _, err := c.SetPolicy(ctx, admin.PolicySet{Text: string(text)}); err != nil {
+		return nil, err
+	}
+	var keys []string
+	for i := range n {
+		key, err := c.CreateKey(ctx, admin.KeyCreate{Tags: []string{tag(i)}, Reusable: true, Ephemeral: true})
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, key.Secret)
+	}
+	return keys, nil
+}
 
 func (s *servers) Close() {
 	s.once.Do(func() {

@@ -1,0 +1,90 @@
+package load
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/pprof"
+	"sync"
+)
+
+// FleetArgs tell how to make many nodes in the process, each with a listener
+// and somebody who waits for connections.
+type FleetArgs struct {
+	First, Count int
+	Control      string
+	Keys         []string // of the groups, which the nodes join in turn
+}
+
+// FleetName is the name of a node of a fleet.
+func FleetName(i int) string { return fmt.Sprintf("fleet%d", i) }
+
+// fleet brings nodes up, a few at a time.
+func (a *agent) fleet(ctx context.Context, f FleetArgs) (any, error) {
+	const atOnce = 8
+	var wg sync.WaitGroup
+	errs := make([]error, f.Count)
+	turn := make(chan struct{}, atOnce)
+	for k := range f.Count {
+		i := f.First + k
+		turn <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-turn }()
+			errs[k] = a.fleetNode(ctx, NodeArgs{
+				Name: FleetName(i), Index: i + 1, Control: f.Control, AuthKey: f.Keys[i%len(f.Keys)],
+			})
+		})
+	}
+	wg.Wait()
+	return nil, errors.Join(errs...)
+}
+
+func (a *agent) fleetNode(ctx context.Context, n NodeArgs) error {
+	if _, err := a.up(ctx, n); err != nil {
+		return err
+	}
+	l, err := a.node(n.Name).Listen(SinkPort)
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	return nil
+}
+
+// GroupsArgs say how many groups to make.
+type GroupsArgs struct{ Count int }
+
+func (a *agent) groups(_ context.Context, g GroupsArgs) (any, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.servers.Groups(g.Count)
+}
+
+// DumpArgs name the files for profiles of what is alive in the process.
+type DumpArgs struct{ Prefix string }
+
+func (a *agent) dump(_ context.Context, d DumpArgs) (any, error) {
+	if err := os.MkdirAll(filepath.Dir(d.Prefix), 0o755); err != nil {
+		return nil, err
+	}
+	for _, name := range []string{"goroutine", "heap"} {
+		f, err := os.Create(d.Prefix + "-" + name + ".pprof")
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(pprof.Lookup(name).WriteTo(f, 0), f.Close()); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
+}
