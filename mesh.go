@@ -174,6 +174,7 @@ func (n *Node) configure() (session.Config, error) {
 		c.Hostname = strings.TrimSuffix(filepath.Base(os.Args[0]), ".exe")
 	}
 	store, dir := n.Store, or(n.Dir, "MESH_STATE_DIR")
+	c.ForgetMap = c.Ephemeral && store == nil
 	c.OpenStore = func() (identity.Store, func() error, error) {
 		none := func() error { return nil }
 		switch {

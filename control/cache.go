@@ -38,15 +38,54 @@ type savedMap struct {
 // server is away. Nobody without the machine key can change what is saved
 // unnoticed.
 func (c *Client) SaveMap(store identity.Store, m *netmap.Map) error {
-	body, err := json.Marshal(savedMap{URL: c.base, Saved: time.Now().UTC(), Map: m.Response()})
+	out, err := c.encodeMap(m)
+	if err == nil {
+		err = store.Write(mapName, out)
+	}
 	if err != nil {
 		return fmt.Errorf("save netmap: %w", err)
 	}
-	out := append([]byte(cacheMagic), c.authenticate(body)...)
-	if err := store.Write(mapName, append(out, body...)); err != nil {
-		return fmt.Errorf("save netmap: %w", err)
-	}
 	return nil
+}
+
+// savedNode is about how many bytes a node takes in a saved map.
+const savedNode = 768
+
+// encodeMap returns what is saved of m. The text of a large map is many
+// megabytes: it is made node by node, in its place.
+func (c *Client) encodeMap(m *netmap.Map) ([]byte, error) {
+	r := m.Response()
+	peers := r.Peers
+	r.Peers = nil
+	head, err := json.Marshal(savedMap{URL: c.base, Saved: time.Now().UTC(), Map: r})
+	if err != nil {
+		return nil, err
+	}
+	const end = "}}" // of the map, which has a node and is the last member, and of what it is in
+	var b bytes.Buffer
+	b.Grow(len(cacheMagic) + sha256.Size + len(head) + savedNode*(len(peers)+1))
+	b.WriteString(cacheMagic)
+	b.Write(make([]byte, sha256.Size))
+	b.Write(bytes.TrimSuffix(head, []byte(end)))
+	each := json.NewEncoder(&b)
+	for i, n := range peers {
+		if i == 0 {
+			b.WriteString(`,"Peers":[`)
+		} else {
+			b.WriteByte(',')
+		}
+		if err := each.Encode(n); err != nil {
+			return nil, err
+		}
+	}
+	if len(peers) > 0 {
+		b.WriteByte(']')
+	}
+	b.WriteString(end)
+	out := b.Bytes()
+	at := len(cacheMagic)
+	copy(out[at:], c.authenticate(out[at+sha256.Size:]))
+	return out, nil
 }
 
 // SavedMap returns the map that SaveMap saved for the node with that key, and

@@ -338,19 +338,25 @@ func TestCache(t *testing.T) {
 	if _, _, err := c.SavedMap(store, key); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("empty store: %v", err)
 	}
-	m, _, err := netmap.Apply(nil, &wire.MapResponse{Node: peerNode(1, key), Peers: []*wire.Node{peerNode(2, identity.NewNode().Public())}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.SaveMap(store, m); err != nil {
-		t.Fatal(err)
-	}
-	got, at, err := c.SavedMap(store, key)
-	if err != nil || time.Since(at).Abs() > time.Minute {
-		t.Fatal(err)
-	}
-	if d := netmap.Rebase(m, got); !d.Empty() {
-		t.Errorf("the saved map differs: %+v", d)
+	for peers := range 3 {
+		r := &wire.MapResponse{Node: peerNode(1, key), Domain: "mesh"}
+		for i := range peers {
+			r.Peers = append(r.Peers, peerNode(2+i, identity.NewNode().Public()))
+		}
+		m, _, err := netmap.Apply(nil, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SaveMap(store, m); err != nil {
+			t.Fatal(err)
+		}
+		got, at, err := c.SavedMap(store, key)
+		if err != nil || time.Since(at).Abs() > time.Minute {
+			t.Fatal(err)
+		}
+		if d := netmap.Rebase(m, got); !d.Empty() || got.NumPeers() != peers || got.Network() != "mesh" {
+			t.Errorf("the saved map differs: %+v", d)
+		}
 	}
 	bad := func(name string, c *Client, key identity.NodePublic) {
 		t.Helper()

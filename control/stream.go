@@ -112,10 +112,7 @@ func (c *Client) stream(ctx context.Context, path string, req any, compressed bo
 		return err
 	}
 	defer resp.Body.Close()
-	f, err := newFrameReader(resp.Body, compressed, maxWire, maxJSON)
-	if err != nil {
-		return err
-	}
+	f := newFrameReader(resp.Body, compressed, maxWire, maxJSON)
 	defer f.close()
 	f.heard = func() { watchdog.Reset(wire.Watchdog) }
 	for {

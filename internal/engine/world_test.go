@@ -182,7 +182,7 @@ func (s *udpSock) SetWriteDeadline(time.Time) error { return os.ErrNoDeadline }
 
 // host is one node of a test.
 type host struct {
-	t    *testing.T
+	t    testing.TB
 	e    *Engine
 	link *fakeLink
 	node *wire.Node
@@ -192,7 +192,7 @@ type host struct {
 	six  netip.Addr
 }
 
-func newHost(t *testing.T, n *udpNet, number int) *host {
+func newHost(t testing.TB, n *udpNet, number int) *host {
 	t.Helper()
 	key, disco := identity.NewNode(), identity.NewDisco()
 	node := wireNode(number, key.Public())

@@ -41,14 +41,29 @@ func clean(in *wire.Node, report func(string, ...any)) (*wire.Node, error) {
 		n.IsJailed = true // it may reach the peer API alone, and we have none
 	}
 	if n.Hostinfo == nil {
-		n.Hostinfo = &wire.Hostinfo{}
+		n.Hostinfo = noHostinfo
 	}
-	if n.AllowedIPs == nil {
+	same := n.AllowedIPs == nil || slices.Equal(n.AllowedIPs, n.Addresses)
+	n.Addresses = exact(cleanPrefixes(n.ID, n.Addresses, validAddress, report))
+	if same {
 		n.AllowedIPs = n.Addresses
+	} else {
+		n.AllowedIPs = exact(cleanPrefixes(n.ID, n.AllowedIPs, validRoute, report))
 	}
-	n.Addresses = cleanPrefixes(n.ID, n.Addresses, validAddress, report)
-	n.AllowedIPs = cleanPrefixes(n.ID, n.AllowedIPs, validRoute, report)
+	n.Endpoints = exact(n.Endpoints)
 	return &n, nil
+}
+
+// noHostinfo is what nodes have that tell nothing; they share it.
+var noHostinfo = &wire.Hostinfo{}
+
+// exact returns list in no more memory than it needs: a decoder leaves room for
+// more, and a map is kept for long.
+func exact[T any](list []T) []T {
+	if cap(list)-len(list) < 2 {
+		return list
+	}
+	return append(make([]T, 0, len(list)), list...)
 }
 
 func legacyDERP(s string) int {
@@ -70,21 +85,10 @@ func cleanPrefixes(id NodeID, list []netip.Prefix, valid func(netip.Prefix) bool
 		report("node %d: %d prefixes are too many, the first %d count", id, len(list), maxPrefixes)
 		list = list[:maxPrefixes:maxPrefixes]
 	}
-	good := true
-	seen := map[netip.Prefix]bool{}
-	for _, p := range list {
-		if seen[p] || !valid(p) {
-			good = false
-			break
-		}
-		if len(list) > 1 {
-			seen[p] = true
-		}
-	}
-	if good && list != nil {
+	if list != nil && !slices.ContainsFunc(list, func(p netip.Prefix) bool { return !valid(p) }) && allDiffer(list) {
 		return list
 	}
-	clear(seen)
+	seen := make(map[netip.Prefix]bool, len(list))
 	out := make([]netip.Prefix, 0, len(list))
 	for _, p := range list {
 		switch {
@@ -96,6 +100,20 @@ func cleanPrefixes(id NodeID, list []netip.Prefix, valid func(netip.Prefix) bool
 		}
 	}
 	return out
+}
+
+// allDiffer reports that a short list holds nothing twice; of a long one it says
+// nothing.
+func allDiffer(list []netip.Prefix) bool {
+	if len(list) > 8 {
+		return false
+	}
+	for i, p := range list {
+		if slices.Contains(list[:i], p) {
+			return false
+		}
+	}
+	return true
 }
 
 // validAddress is for the own addresses of nodes.

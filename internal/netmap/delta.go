@@ -188,10 +188,12 @@ func (e *edit) applyPeers(r *wire.MapResponse, now time.Time) {
 // counts.
 func (e *edit) replaceAll(list []*wire.Node) {
 	last := make(map[NodeID]*wire.Node, len(list))
-	for _, n := range list {
+	inOrder := true
+	for i, n := range list {
 		if n != nil {
 			last[n.ID] = n
 		}
+		inOrder = inOrder && n != nil && (i == 0 || list[i-1].ID < n.ID)
 	}
 	var gone []NodeID
 	for id := range e.nodes.all() {
@@ -203,7 +205,10 @@ func (e *edit) replaceAll(list []*wire.Node) {
 		e.drop(id)
 	}
 	// In order of numbers, so that claims are appended.
-	for _, n := range slices.SortedFunc(maps.Values(last), func(a, b *wire.Node) int { return cmp.Compare(a.ID, b.ID) }) {
+	if !inOrder {
+		list = slices.SortedFunc(maps.Values(last), func(a, b *wire.Node) int { return cmp.Compare(a.ID, b.ID) })
+	}
+	for _, n := range list {
 		e.put(n)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"mesh/control/wire"
@@ -28,25 +27,28 @@ type edit struct {
 	stable   claimEditor[string]
 	disco    claimEditor[identity.DiscoPublic]
 	lengths  lengths
+	expiry   expiries
 
+	// With nothing to begin with every node is touched, and what they claim
+	// need not be noted.
 	touched         map[NodeID]bool
-	touchedKeys     map[identity.NodePublic]bool
-	touchedPrefixes map[netip.Prefix]bool
+	touchedKeys     map[identity.NodePublic]bool // nil = not noted
+	touchedPrefixes map[netip.Prefix]bool        // nil = not noted
 	ignored         []string
 }
 
 func newEdit(base *index, self *wire.Node) *edit {
-	e := &edit{
-		base: base, self: self, lengths: base.lengths,
-		touched: map[NodeID]bool{}, touchedKeys: map[identity.NodePublic]bool{}, touchedPrefixes: map[netip.Prefix]bool{},
+	e := &edit{base: base, self: self, lengths: base.lengths, expiry: base.expiry, touched: map[NodeID]bool{}}
+	if base.nodes.n > 0 {
+		e.touchedKeys, e.touchedPrefixes = map[identity.NodePublic]bool{}, map[netip.Prefix]bool{}
 	}
 	e.nodes.table = base.nodes
 	e.peers.table = base.peers
-	e.keys = claimEditor[identity.NodePublic]{editor[identity.NodePublic, *claims]{table: base.keys.table}, e}
-	e.prefixes = claimEditor[netip.Prefix]{editor[netip.Prefix, *claims]{table: base.prefixes.table}, e}
-	e.names = claimEditor[string]{editor[string, *claims]{table: base.names.table}, e}
-	e.stable = claimEditor[string]{editor[string, *claims]{table: base.stable.table}, e}
-	e.disco = claimEditor[identity.DiscoPublic]{editor[identity.DiscoPublic, *claims]{table: base.disco.table}, e}
+	e.keys = claimEditor[identity.NodePublic]{editor[identity.NodePublic, claims]{table: base.keys.table}, e}
+	e.prefixes = claimEditor[netip.Prefix]{editor[netip.Prefix, claims]{table: base.prefixes.table}, e}
+	e.names = claimEditor[string]{editor[string, claims]{table: base.names.table}, e}
+	e.stable = claimEditor[string]{editor[string, claims]{table: base.stable.table}, e}
+	e.disco = claimEditor[identity.DiscoPublic]{editor[identity.DiscoPublic, claims]{table: base.disco.table}, e}
 	return e
 }
 
@@ -72,7 +74,7 @@ func (e *edit) put(sent *wire.Node) {
 
 func (e *edit) putClean(n *wire.Node) {
 	old := e.nodes.get(n.ID)
-	if old != nil && reflect.DeepEqual(old, n) {
+	if old != nil && sameNode(old, n) {
 		return
 	}
 	e.nodes.set(n.ID, n)
@@ -81,11 +83,27 @@ func (e *edit) putClean(n *wire.Node) {
 		return
 	}
 	if old != nil {
-		e.keys.unclaim(old.Key, rank(n.ID))
-		e.touchedKeys[old.Key] = true
+		e.unclaimKey(old)
 	}
 	e.keys.claim(n.Key, rank(n.ID))
-	e.touchedKeys[n.Key] = true
+	e.touchKey(n.Key)
+}
+
+func (e *edit) unclaimKey(n *wire.Node) {
+	e.keys.unclaim(n.Key, rank(n.ID))
+	e.touchKey(n.Key)
+}
+
+func (e *edit) touchKey(k identity.NodePublic) {
+	if e.touchedKeys != nil {
+		e.touchedKeys[k] = true
+	}
+}
+
+func (e *edit) touchPrefix(p netip.Prefix) {
+	if e.touchedPrefixes != nil {
+		e.touchedPrefixes[p] = true
+	}
 }
 
 func (e *edit) drop(id NodeID) {
@@ -95,22 +113,17 @@ func (e *edit) drop(id NodeID) {
 	}
 	e.nodes.del(id)
 	e.touched[id] = true
-	e.keys.unclaim(old.Key, rank(id))
-	e.touchedKeys[old.Key] = true
+	e.unclaimKey(old)
 }
 
 // finish settles all claims and adds to d what became of the peers.
 func (e *edit) finish(d *Delta) index {
 	for k := range e.touchedKeys {
-		if c := e.keys.get(k); c != nil {
-			for _, r := range c.ranks {
-				e.touched[r.id()] = true
-			}
+		for r := range e.keys.get(k).all() {
+			e.touched[r.id()] = true
 		}
-		if c := e.base.keys.get(k); c != nil {
-			for _, r := range c.ranks {
-				e.touched[r.id()] = true
-			}
+		for r := range e.base.keys.get(k).all() {
+			e.touched[r.id()] = true
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(e.touched)) {
@@ -135,7 +148,7 @@ func (e *edit) finish(d *Delta) index {
 		nodes: e.nodes.table, peers: e.peers.table, keys: claimTable[identity.NodePublic]{e.keys.table},
 		prefixes: claimTable[netip.Prefix]{e.prefixes.table}, names: claimTable[string]{e.names.table},
 		stable: claimTable[string]{e.stable.table}, disco: claimTable[identity.DiscoPublic]{e.disco.table},
-		lengths: e.lengths,
+		lengths: e.lengths, expiry: e.expiries(),
 	}
 }
 
@@ -211,13 +224,13 @@ func moveOne[K comparable](e *claimEditor[K], was, is K, r rank) {
 
 func (e *edit) movePrefixes(was, is []netip.Prefix, r rank) {
 	for _, p := range was {
-		e.touchedPrefixes[p] = true
+		e.touchPrefix(p)
 		if e.prefixes.unclaim(p, r) {
 			e.lengths[family(p.Addr())][p.Bits()]--
 		}
 	}
 	for _, p := range is {
-		e.touchedPrefixes[p] = true
+		e.touchPrefix(p)
 		if e.prefixes.claim(p, r) {
 			e.lengths[family(p.Addr())][p.Bits()]++
 		}
@@ -231,6 +244,7 @@ func (e *edit) settle(id NodeID, d *Delta) {
 	if n == nil {
 		if old != nil {
 			e.peers.del(id)
+			e.expiry.drop(old.Node)
 			d.Removed = append(d.Removed, old)
 		}
 		return
@@ -242,6 +256,10 @@ func (e *edit) settle(id NodeID, d *Delta) {
 		}
 	}
 	e.peers.set(id, p)
+	if old != nil {
+		e.expiry.drop(old.Node)
+	}
+	e.expiry.add(p.Node)
 	switch {
 	case old == nil:
 		d.Added = append(d.Added, p)
@@ -276,9 +294,9 @@ func (e *edit) peer(n *wire.Node) *Peer {
 		}
 		return false
 	}
-	addresses, _ := keep(n.Addresses, gets)
-	allowed, exit := keep(n.AllowedIPs, gets)
-	p.OffersExit = exit
+	addresses := keep(n.Addresses, gets)
+	allowed := keep(n.AllowedIPs, gets)
+	p.OffersExit = slices.ContainsFunc(n.AllowedIPs, isExit)
 	if len(addresses) != len(n.Addresses) || len(allowed) != len(n.AllowedIPs) {
 		c := *n
 		c.Addresses, c.AllowedIPs = addresses, allowed
@@ -287,21 +305,22 @@ func (e *edit) peer(n *wire.Node) *Peer {
 	return p
 }
 
-// keep returns the prefixes that gets lets through, and whether there was an
-// exit among them.
-func keep(list []netip.Prefix, gets func(netip.Prefix) bool) (out []netip.Prefix, exit bool) {
-	out = make([]netip.Prefix, 0, len(list))
-	for _, p := range list {
-		switch {
-		case isExit(p):
-			exit = true
-		case gets(p):
+// keep returns the prefixes that gets lets through, without exits: list itself
+// if that is all of it.
+func keep(list []netip.Prefix, gets func(netip.Prefix) bool) []netip.Prefix {
+	out, all := list, true
+	for i, p := range list {
+		ok := !isExit(p) && gets(p)
+		if !ok && all {
+			out, all = append(make([]netip.Prefix, 0, len(list)-1), list[:i]...), false
+		}
+		if ok && !all {
 			out = append(out, p)
 		}
 	}
-	return out, exit
+	return out
 }
 
 func samePeer(a, b *Peer) bool {
-	return a == b || a.OffersExit == b.OffersExit && (a.Node == b.Node || reflect.DeepEqual(a.Node, b.Node))
+	return a == b || a.OffersExit == b.OffersExit && sameNode(a.Node, b.Node)
 }

@@ -53,16 +53,65 @@ func (m *Map) NextExpiry(now time.Time) time.Time {
 		}
 	}
 	look(m.Self())
-	for p := range m.Peers() {
-		look(p.Node)
+	switch soonest := m.expiry.soonest; {
+	case m.expiry.count == 0:
+	case soonest.After(at):
+		look(&wire.Node{KeyExpiry: soonest})
+	default: // some have expired and do not say so
+		for p := range m.Peers() {
+			look(p.Node)
+		}
 	}
 	return next
+}
+
+// expiries says when the first of some keys expires, so that it need not be
+// looked for in every change of a large map.
+type expiries struct {
+	soonest time.Time
+	count   int // how many expire then; 0 = none expires
+	unknown bool
+}
+
+// expires reports whether the key of n will expire by itself.
+func expires(n *wire.Node) bool { return !n.Expired && n.KeyExpiry.After(sane) }
+
+func (x *expiries) add(n *wire.Node) {
+	switch {
+	case !expires(n):
+	case x.count == 0 || n.KeyExpiry.Before(x.soonest):
+		x.soonest, x.count = n.KeyExpiry, 1
+	case n.KeyExpiry.Equal(x.soonest):
+		x.count++
+	}
+}
+
+func (x *expiries) drop(n *wire.Node) {
+	if expires(n) && x.count > 0 && n.KeyExpiry.Equal(x.soonest) {
+		x.count--
+		x.unknown = x.unknown || x.count == 0
+	}
+}
+
+// expiries returns what is true of the peers as they are now.
+func (e *edit) expiries() expiries {
+	if !e.expiry.unknown {
+		return e.expiry
+	}
+	var x expiries
+	for _, p := range e.peers.all() {
+		x.add(p.Node)
+	}
+	return x
 }
 
 // Expire returns the map in which the peers whose keys are no longer good at the
 // moment now of the local clock say so in Expired: control does not have to be
 // there for that. It returns m itself where they all do.
 func (m *Map) Expire(now time.Time) *Map {
+	if at, ok := m.clock(now); !ok || m.expiry.count == 0 || at.Before(m.expiry.soonest) {
+		return m
+	}
 	var ids []NodeID
 	for p := range m.Peers() {
 		if !p.Expired && m.Expired(p.Node, now) {

@@ -45,6 +45,7 @@ type index struct {
 	stable   claimTable[string]
 	disco    claimTable[identity.DiscoPublic]
 	lengths  lengths
+	expiry   expiries
 }
 
 // lengths counts the prefixes that somebody claims: by family, then by length.
@@ -117,12 +118,8 @@ func (m *Map) PeerByStableID(id string) (*Peer, bool) { return m.PeerByID(m.stab
 // PeersByDisco returns the peers that use a disco key, in order of their
 // numbers: several nodes of one process may share theirs.
 func (m *Map) PeersByDisco(d identity.DiscoPublic) []*Peer {
-	c := m.disco.get(d)
-	if c == nil {
-		return nil
-	}
-	out := make([]*Peer, 0, len(c.ranks))
-	for _, r := range c.ranks {
+	var out []*Peer
+	for r := range m.disco.get(d).all() {
 		if p := m.peers.get(r.id()); p != nil {
 			out = append(out, p)
 		}

@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"slices"
 	"testing"
+	"time"
 
 	"mesh/control/wire"
 )
@@ -63,6 +64,13 @@ func checkIndex(t testing.TB, m *Map) {
 	if lengths != m.lengths {
 		t.Error("the counts of prefix lengths are off")
 	}
+	var expiry expiries
+	for p := range m.Peers() {
+		expiry.add(p.Node)
+	}
+	if m.expiry.count != expiry.count || expiry.count > 0 && !m.expiry.soonest.Equal(expiry.soonest) {
+		t.Errorf("expiry is %+v, want %+v", m.expiry, expiry)
+	}
 }
 
 // same checks that two maps say the same.
@@ -102,6 +110,9 @@ func (w *world) node() *wire.Node {
 	}
 	if w.IntN(3) == 0 {
 		n.StableID = fmt.Sprintf("s%d", 1+w.IntN(10))
+	}
+	if w.IntN(2) == 0 {
+		n.KeyExpiry, n.Expired = time.Unix(2e9+w.Int64N(3), 0), w.IntN(4) == 0
 	}
 	for w.IntN(2) == 0 {
 		n.Addresses = append(n.Addresses, addr4(995+w.IntN(10)))

@@ -85,10 +85,30 @@ func (e *editor[K, V]) del(k K) {
 	e.n += len(part) - before
 }
 
-// claims are the nodes that claim the same thing, the one that gets it first.
+// claims are the nodes that claim the same thing. Nearly always it is one.
 type claims struct {
-	owner *edit // may change ranks in place
-	ranks []rank
+	first rank    // the one that gets it; 0 = nobody claims it
+	more  *ranked // the others; nil = none
+}
+
+// ranked is a list of claims in their order, never empty.
+type ranked struct {
+	owner *edit // may change the list in place
+	list  []rank
+}
+
+// all yields the claims in their order.
+func (c claims) all() iter.Seq[rank] {
+	return func(yield func(rank) bool) {
+		if c.first == 0 || !yield(c.first) || c.more == nil {
+			return
+		}
+		for _, r := range c.more.list {
+			if !yield(r) {
+				return
+			}
+		}
+	}
 }
 
 // rank orders claims: lower ones come first. It is a node's ID, with the top
@@ -102,56 +122,76 @@ const second rank = 1 << 63
 func (r rank) id() NodeID { return NodeID(r &^ second) }
 
 // claimTable says who claims what.
-type claimTable[K comparable] struct{ table[K, *claims] }
+type claimTable[K comparable] struct{ table[K, claims] }
 
 // first returns the node that gets k, or 0.
-func (t *claimTable[K]) first(k K) NodeID {
-	if c := t.get(k); c != nil {
-		return c.ranks[0].id()
-	}
-	return 0
-}
+func (t *claimTable[K]) first(k K) NodeID { return t.get(k).first.id() }
 
 // claimEditor edits a claimTable on behalf of edit.
 type claimEditor[K comparable] struct {
-	editor[K, *claims]
+	editor[K, claims]
 	edit *edit
 }
 
-func (e *claimEditor[K]) own(k K) *claims {
-	c := e.get(k)
+// own returns a list that may be changed in place.
+func (e *claimEditor[K]) own(m *ranked) *ranked {
 	switch {
-	case c == nil:
-		c = &claims{owner: e.edit}
-		e.set(k, c)
-	case c.owner != e.edit:
-		c = &claims{owner: e.edit, ranks: slices.Clone(c.ranks)}
-		e.set(k, c)
+	case m == nil:
+		return &ranked{owner: e.edit}
+	case m.owner != e.edit:
+		return &ranked{owner: e.edit, list: slices.Clone(m.list)}
 	}
-	return c
+	return m
 }
 
 // claim reports whether k had no claims before.
 func (e *claimEditor[K]) claim(k K, r rank) bool {
-	c := e.own(k)
-	if i, found := slices.BinarySearch(c.ranks, r); !found {
-		c.ranks = slices.Insert(c.ranks, i, r)
+	c := e.get(k)
+	before := c
+	switch {
+	case c.first == 0:
+		e.set(k, claims{first: r})
+		return true
+	case r == c.first:
+		return false
+	case r < c.first:
+		c.first, r = r, c.first
 	}
-	return len(c.ranks) == 1
+	c.more = e.own(c.more)
+	if i, found := slices.BinarySearch(c.more.list, r); !found {
+		c.more.list = slices.Insert(c.more.list, i, r)
+	}
+	if c != before {
+		e.set(k, c)
+	}
+	return false
 }
 
 // unclaim reports whether k has no claims any more.
 func (e *claimEditor[K]) unclaim(k K, r rank) bool {
-	if e.get(k) == nil {
+	c := e.get(k)
+	switch {
+	case c.first == 0:
+		return false
+	case c.more == nil:
+		if r != c.first {
+			return false
+		}
+		e.del(k)
+		return true
+	}
+	if r == c.first {
+		r = c.more.list[0]
+		c.first = r
+	}
+	i, found := slices.BinarySearch(c.more.list, r)
+	if !found {
 		return false
 	}
-	c := e.own(k)
-	if i, found := slices.BinarySearch(c.ranks, r); found {
-		c.ranks = slices.Delete(c.ranks, i, i+1)
+	c.more = e.own(c.more)
+	if c.more.list = slices.Delete(c.more.list, i, i+1); len(c.more.list) == 0 {
+		c.more = nil
 	}
-	if len(c.ranks) > 0 {
-		return false
-	}
-	e.del(k)
-	return true
+	e.set(k, c)
+	return false
 }

@@ -292,12 +292,16 @@ func (s *Session) closeEngine() {
 // coordinate follows the map stream until the session stops or the control
 // server puts the node out. onMap is called after each map is in force.
 func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.Map, onMap func()) error {
+	keep := e.store
+	if s.cfg.ForgetMap {
+		keep = nil
+	}
 	var cs *control.Session
 	cs = e.client.NewSession(control.SessionConfig{
 		NodeKey:   e.state.Node.Public(),
 		InForce:   inForce,
 		Ephemeral: s.cfg.Ephemeral,
-		Store:     e.store,
+		Store:     keep,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
 			if s.apply(m, d) {
 				cs.SetApplied(m.PolicyVersion())

@@ -33,6 +33,7 @@ type Config struct {
 	// that comes with it.
 	OpenStore func() (identity.Store, func() error, error)
 	Ephemeral bool
+	ForgetMap bool // nobody will ever start from what OpenStore opens
 	Tags      []string
 	Port      uint16
 	RelayOnly bool
