@@ -7,18 +7,26 @@ import (
 	"slices"
 )
 
-const shards = 256
+const (
+	shards = 256
+	// smallTable is up to which size a table is one shard: those of a node that
+	// sees a few peers take no more than these need.
+	smallTable = 64
+)
 
 // table is a map that is never changed: an editor makes a new one, which shares
 // the shards that it left alone. With 10,000 entries a change copies some 40.
 // The zero value is empty.
 type table[K comparable, V any] struct {
-	seed  maphash.Seed // of the shards; the zero seed while there are none
-	parts *[shards]map[K]V
+	seed  maphash.Seed // of the shards; the zero seed while there is but one
+	parts []map[K]V    // none, one or all the shards; replaced, never changed
 	n     int
 }
 
 func (t *table[K, V]) shard(k K) int {
+	if len(t.parts) == 1 {
+		return 0
+	}
 	return int(maphash.Comparable(t.seed, k) % shards)
 }
 
@@ -31,9 +39,6 @@ func (t *table[K, V]) get(k K) (v V) {
 
 func (t *table[K, V]) all() iter.Seq2[K, V] {
 	return func(yield func(K, V) bool) {
-		if t.parts == nil {
-			return
-		}
 		for _, part := range t.parts {
 			for k, v := range part {
 				if !yield(k, v) {
@@ -52,13 +57,14 @@ type editor[K comparable, V any] struct {
 }
 
 func (e *editor[K, V]) part(k K) map[K]V {
-	if e.parts == nil {
-		e.seed = maphash.MakeSeed()
-		e.parts = new([shards]map[K]V)
+	switch {
+	case e.parts == nil:
+		e.parts = make([]map[K]V, 1)
 		e.owned = new([shards]bool)
-	} else if e.owned == nil {
-		parts := *e.parts
-		e.parts = &parts
+	case len(e.parts) == 1 && e.n >= smallTable:
+		e.spread()
+	case e.owned == nil:
+		e.parts = slices.Clone(e.parts)
 		e.owned = new([shards]bool)
 	}
 	i := e.shard(k)
@@ -69,6 +75,22 @@ func (e *editor[K, V]) part(k K) map[K]V {
 		}
 	}
 	return e.parts[i]
+}
+
+// spread makes all the shards out of the one of a small table. It stays with
+// them: a table that was large may become so again.
+func (e *editor[K, V]) spread() {
+	all := e.parts[0]
+	e.seed = maphash.MakeSeed()
+	e.parts = make([]map[K]V, shards)
+	e.owned = new([shards]bool)
+	for k, v := range all {
+		i := e.shard(k)
+		if e.parts[i] == nil {
+			e.parts[i], e.owned[i] = map[K]V{}, true
+		}
+		e.parts[i][k] = v
+	}
 }
 
 func (e *editor[K, V]) set(k K, v V) {
