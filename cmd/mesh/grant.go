@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"mesh/control/admin"
+	"mesh/control/wire"
 )
 
 // texts is a flag that may be given several times.
@@ -38,7 +39,7 @@ takes it along when it is removed.`,
 		proto := fs.String("proto", "", "`PROTOCOL`: tcp, udp, … (default: TCP, UDP and ICMP)")
 		var life time.Duration
 		fs.Func("for", "`TIME` until it ends, such as 30m, 8h or 2d; required", func(s string) (err error) {
-			life, err = parseSpan(s)
+			life, err = wire.ParseSpan(s)
 			return err
 		})
 		reason := fs.String("reason", "", "`TEXT` for the record")

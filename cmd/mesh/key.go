@@ -3,12 +3,11 @@ package main
 import (
 	"context"
 	"flag"
-	"fmt"
 	"strconv"
-	"strings"
 	"time"
 
 	"mesh/control/admin"
+	"mesh/control/wire"
 )
 
 var keyCreate = &command{
@@ -30,7 +29,7 @@ reusable and does not expire unless --expires says so.`,
 		fs.StringVar(&k.User, "user", "", "`NAME` of the user whom nodes belong to")
 		tagFlag(fs, &k.Tags, "`TAG` for nodes, \"tag:db\"; may be repeated")
 		fs.Func("expires", "how `LONG` the key is good for: \"24h\", \"30d\" (default 90d)", func(s string) (err error) {
-			k.Expires, err = parseSpan(s)
+			k.Expires, err = wire.ParseSpan(s)
 			return err
 		})
 		nodeExpiryFlag(fs, &k.NodeExpiry, "how `LONG` its nodes' keys live: \"30d\" or \"never\"")
@@ -68,26 +67,9 @@ func nodeExpiryFlag(fs *flag.FlagSet, d *time.Duration, usage string) {
 			*d = -1
 			return nil
 		}
-		*d, err = parseSpan(s)
+		*d, err = wire.ParseSpan(s)
 		return err
 	})
-}
-
-// parseSpan reads a positive duration, with days besides the units of package
-// time.
-func parseSpan(s string) (time.Duration, error) {
-	const most = 100 * 365 * 24 * time.Hour
-	d, err := time.ParseDuration(s)
-	if days, ok := strings.CutSuffix(s, "d"); err != nil && ok {
-		var n uint64
-		if n, err = strconv.ParseUint(days, 10, 16); err == nil {
-			d = time.Duration(n) * 24 * time.Hour
-		}
-	}
-	if err != nil || d <= 0 || d > most {
-		return 0, fmt.Errorf("want a time like 90m, 24h or 30d")
-	}
-	return d, nil
 }
 
 var keyList = &command{

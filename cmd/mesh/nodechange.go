@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"mesh/control/admin"
+	"mesh/control/wire"
 )
 
 const nodeNames = `NAME is a name, full name, stable ID or mesh address.`
@@ -103,7 +104,7 @@ has expired.`,
 		})
 		fs.Func("in", "after so `LONG`: \"24h\", \"30d\"", func(s string) (err error) {
 			given++
-			when.In, err = parseSpan(s)
+			when.In, err = wire.ParseSpan(s)
 			return err
 		})
 		fs.BoolFunc("never", "not at all", func(s string) error {

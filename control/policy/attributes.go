@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/tailscale/hujson"
 
@@ -44,6 +46,11 @@ func (r *reader) readNodeAttr(i int, v hujson.Value) {
 			if t.text == "" || len(t.text) > 1024 || strings.ContainsFunc(t.text, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
 				r.fail(t.at, "", "malformed attribute %q", t.text)
 				continue
+			}
+			for _, name := range []string{wire.AttrKeyExpiry, wire.AttrMaxStale} {
+				if _, ok := wire.AttrSpan(t.text, name); !ok && strings.HasPrefix(t.text, name) {
+					r.fail(t.at, "want a time like 24h or 30d after the colon, or never", "malformed attribute %q", t.text)
+				}
 			}
 			a.attrs = append(a.attrs, t.text)
 		}
@@ -115,6 +122,25 @@ func (c *Compiled) Attributes(id wire.NodeID) map[string][]json.RawMessage {
 		}
 	}
 	return out
+}
+
+// KeyLife returns how long keys of the node are good for by the attribute
+// wire.AttrKeyExpiry, 0 = for ever. Of several that mean the node the shortest
+// counts. It reports false if there is none.
+func (p *Policy) KeyLife(n Node) (life time.Duration, ok bool) {
+	for i := range p.attrs {
+		a := &p.attrs[i]
+		if !slices.ContainsFunc(a.targets, func(s *selector) bool { return p.isOf(&n, s) }) {
+			continue
+		}
+		for _, attr := range a.attrs {
+			d, is := wire.AttrSpan(attr, wire.AttrKeyExpiry)
+			if is && (!ok || life == 0 || d != 0 && d < life) {
+				life, ok = d, true
+			}
+		}
+	}
+	return life, ok
 }
 
 // AddressPools returns the networks from which the node should get its IPv4

@@ -129,6 +129,14 @@ func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if k.Kind == store.KeyNode {
+		for _, n := range s.nodes.byID {
+			if n.AuthKey == id && n.KeyLife != 0 {
+				n.KeyLife = 0 // as the store has done
+				s.changedSelf(n)
+			}
+		}
+	}
 	for _, relay := range s.relays.known {
 		if relay.Key == id {
 			relay.end(wire.CodeRelayKeyUnknown)

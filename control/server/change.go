@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"mesh/control/policy"
 	"mesh/control/store"
 	"mesh/control/wire"
 )
@@ -125,8 +126,9 @@ func (s *Server) SetOwner(ctx context.Context, by, name, user string, tags []str
 	case expiredAt(expires, now):
 	case len(tags) > 0 && !tagged:
 		expires = time.Time{}
-	case len(tags) == 0 && expires.IsZero() && s.cfg.KeyExpiry > 0:
-		expires = now.Add(s.cfg.KeyExpiry)
+	case len(tags) == 0 && expires.IsZero():
+		owner := s.users[uid]
+		expires = expiry(s.nodeKeyLife(0, policy.Node{User: owner.Name, Role: policyRole(owner.Role)}), now)
 	}
 	s.mu.Unlock()
 	if err := s.store.SetOwner(context.WithoutCancel(ctx), by, id, uid, tags, expires, now); err != nil {

@@ -262,6 +262,7 @@ func (s *Server) selfNode(n *node) *wire.Node {
 		}
 	}
 	w.CapMap = s.attributes(n.ID)
+	w.MeshRenew = s.renewAt(n)
 	return &w
 }
 

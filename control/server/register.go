@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"mesh/control/policy"
 	"mesh/control/store"
 	"mesh/control/wire"
 	"mesh/identity"
@@ -239,7 +240,9 @@ func (s *Server) setExpiry(ctx context.Context, by string, id wire.NodeID, at ti
 	if n == nil {
 		return nil
 	}
-	n.Expires = at
+	if n.Expires = at; !at.IsZero() {
+		n.KeyLife = 0
+	}
 	switch expired := expiredAt(at, now); {
 	case expired && !n.expired:
 		// It said so itself, or was told: no grace.
@@ -292,15 +295,24 @@ func (s *Server) registerDead(ctx context.Context, c *client, nodeKey identity.N
 
 // rotate gives a node another key. opMu is held.
 func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, key identity.NodePublic) (*wire.RegisterResponse, error) {
-	if err := s.store.RotateNodeKey(ctx, id, key, s.cfg.Now()); err != nil {
+	now := s.cfg.Now()
+	s.mu.Lock()
+	n := s.nodes.byID[id]
+	if n == nil {
+		s.mu.Unlock()
+		return nil, wire.ErrNodeUnknown
+	}
+	expires := n.Expires
+	if life, ok := s.ownKeyLife(n); ok && !expiredAt(expires, now) {
+		expires = expiry(life, now)
+	}
+	s.mu.Unlock()
+	if err := s.store.RotateNodeKey(ctx, id, key, expires, now); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := s.nodes.byID[id]
-	if n == nil {
-		return nil, wire.ErrNodeUnknown
-	}
+	n.Expires = expires
 	s.rekey(n, key, c)
 	return s.welcome(&n.Node), nil
 }
@@ -338,11 +350,11 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	if len(tags) == 0 {
 		n.User = key.User
 	}
-	if life := s.keyLife(key, len(tags) > 0); life > 0 {
-		n.Expires = now.Add(life)
-	}
+	owner := s.users[n.User]
+	life := s.nodeKeyLife(key.NodeExpiry, policy.Node{User: owner.Name, Role: policyRole(owner.Role), Tags: tags})
+	n.Expires, n.KeyLife = expiry(life, now), ownLife(key)
 	if e.expiry.After(now) && (n.Expires.IsZero() || e.expiry.Before(n.Expires)) {
-		n.Expires = e.expiry
+		n.Expires, n.KeyLife = e.expiry, 0
 	}
 	if old == nil || !sameOwner(old, &n) {
 		old = s.nodes.expiredLike(&n, now)
@@ -371,6 +383,7 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	if renew {
 		m := s.nodes.byID[n.ID]
 		m.Expires, m.Ephemeral, m.AuthKey, m.Polled, m.idleSince = n.Expires, n.Ephemeral, n.AuthKey, false, now
+		m.KeyLife = n.KeyLife
 		m.expired = false
 		s.rekey(m, n.Key, c)
 		s.entitle(m)
@@ -385,18 +398,6 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	s.member(n.Key, true)
 	s.scheduleNode(m)
 	return n.ID, nil
-}
-
-// keyLife is how long the key of a node that enrols with k is good for; 0 = for
-// ever.
-func (s *Server) keyLife(k store.Key, tagged bool) time.Duration {
-	switch {
-	case k.NodeExpiry != 0:
-		return max(k.NodeExpiry, 0)
-	case tagged:
-		return 0
-	}
-	return s.cfg.KeyExpiry
 }
 
 func sameOwner(a, b *store.Node) bool { return a.User == b.User && slices.Equal(a.Tags, b.Tags) }

@@ -82,14 +82,19 @@ func (s *Server) changed(n *node) {
 	if !s.refresh(n) {
 		return
 	}
-	if n.stream != nil {
-		n.stream.pending.self = true
-		n.stream.poke()
-	}
+	s.changedSelf(n)
 	for _, id := range s.policy.compiled.Visible(n.ID) {
 		if v := s.nodes.byID[id]; v != nil && v.stream != nil {
 			v.stream.peer(n.ID, true)
 		}
+	}
+}
+
+// changedSelf makes n look at itself again. Server.mu is held.
+func (s *Server) changedSelf(n *node) {
+	if n.stream != nil {
+		n.stream.pending.self = true
+		n.stream.poke()
 	}
 }
 

@@ -43,7 +43,20 @@ var migrations = []func(context.Context, *sql.Tx) error{
 		_, err := tx.ExecContext(ctx, schema5Sealed)
 		return err
 	},
+	func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, schema6)
+		return err
+	},
 }
+
+// schema6: nodes renew their keys by themselves, say which of their processes
+// they are, and are known by the keys that they had.
+const schema6 = `
+ALTER TABLE nodes ADD COLUMN key_life INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE nodes ADD COLUMN instance TEXT NOT NULL DEFAULT '';
+ALTER TABLE dead_keys ADD COLUMN node_id INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX dead_keys_node ON dead_keys (node_id);
+`
 
 // schema5: users can be suspended; the audit record is a chain, says where
 // changes came from, and takes no other change than one more entry.

@@ -14,14 +14,16 @@ import (
 )
 
 const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, named, ipv4, ipv6,
-	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled, routes`
+	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled, routes,
+	key_life, instance`
 
 func scanNode(scan func(...any) error) (n Node, err error) {
 	var tags, ipv4, ipv6, endpoints, hostinfo, routes string
 	var machine, key, disco []byte
 	var created, expires, seen int64
 	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &n.Named, &ipv4, &ipv6,
-		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled, &routes)
+		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled, &routes,
+		&n.KeyLife, &n.Instance)
 	if err != nil {
 		return n, err
 	}
@@ -140,17 +142,17 @@ func putNode(ctx context.Context, tx *sql.Tx, n *Node, now time.Time) error {
 		if err := retire(ctx, tx, n.ID, false, now); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ? WHERE id = ?`,
-			keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, n.ID)
+		_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ?, key_life = ? WHERE id = ?`,
+			keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, int64(n.KeyLife), n.ID)
 		if err != nil {
 			return err
 		}
 		return saveState(ctx, tx, n.ID, state)
 	}
 	r, err := tx.ExecContext(ctx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, named, ipv4, ipv6,
-		ephemeral, created, expires, auth_key) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)`,
+		ephemeral, created, expires, auth_key, key_life) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`,
 		string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, n.Named, n.IPv4.String(), n.IPv6.String(),
-		n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey)
+		n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey, int64(n.KeyLife))
 	if err != nil {
 		return err
 	}
@@ -191,8 +193,8 @@ func nodeOwner(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, owner str
 
 // retire moves the present key of a node to the dead ones.
 func retire(ctx context.Context, tx *sql.Tx, id wire.NodeID, removed bool, now time.Time) error {
-	r, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO dead_keys (node_key, machine_key, removed, auth_key, at)
-		SELECT node_key, machine_key, ?, auth_key, ? FROM nodes WHERE id = ?`, removed, stamp(now), id)
+	r, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO dead_keys (node_key, machine_key, removed, auth_key, at, node_id)
+		SELECT node_key, machine_key, ?, auth_key, ?, id FROM nodes WHERE id = ?`, removed, stamp(now), id)
 	if err != nil {
 		return err
 	}
@@ -229,8 +231,12 @@ func keyOf(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, key string, e
 	return name, identity.NodePublicFrom(k).Short(), nil
 }
 
+// keptKeys is how many former keys of a node that makes new ones are known: for
+// whoever comes back with a saved state that is old.
+const keptKeys = 16
+
 // RotateNodeKey implements Store.
-func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error {
+func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(tx *sql.Tx) error {
 		if err := notDead(ctx, tx, key); err != nil {
 			return err
@@ -242,7 +248,12 @@ func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity
 		if err := retire(ctx, tx, id, false, now); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ? WHERE id = ?`, keyBytes(key), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ? WHERE id = ?`, keyBytes(key), stamp(expires), id); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `DELETE FROM dead_keys WHERE node_id = ? AND NOT removed AND node_key NOT IN
+			(SELECT node_key FROM dead_keys WHERE node_id = ? ORDER BY at DESC LIMIT ?)`, id, id, keptKeys)
+		if err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, "node", "node.rotate", name, old, key.Short())
@@ -264,7 +275,7 @@ func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, 
 		if err := tx.QueryRowContext(ctx, `SELECT name, expires FROM nodes WHERE id = ?`, id).Scan(&name, &old); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ? WHERE id = ?`, stamp(at), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ?, key_life = CASE WHEN ? THEN key_life ELSE 0 END WHERE id = ?`, stamp(at), at.IsZero(), id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, "node.expire", name, expiryText(unstamp(old)), expiryText(at))
@@ -362,6 +373,7 @@ type encodedState struct {
 	home, cap           int
 	seen                int64
 	polled              bool
+	instance            string
 }
 
 func encodeState(st NodeState) (e encodedState, err error) {
@@ -377,13 +389,13 @@ func encodeState(st NodeState) (e encodedState, err error) {
 			return e, err
 		}
 	}
-	e.home, e.cap, e.seen, e.polled = st.HomeDERP, st.Cap, stamp(st.LastSeen), st.Polled
+	e.home, e.cap, e.seen, e.polled, e.instance = st.HomeDERP, st.Cap, stamp(st.LastSeen), st.Polled, st.Instance
 	return e, nil
 }
 
 func saveState(ctx context.Context, tx *sql.Tx, id wire.NodeID, e encodedState) error {
-	_, err := tx.ExecContext(ctx, `UPDATE nodes SET disco = ?, endpoints = ?, home_derp = ?, hostinfo = ?, cap = ?, last_seen = ?, polled = ? WHERE id = ?`,
-		e.disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, e.polled, id)
+	_, err := tx.ExecContext(ctx, `UPDATE nodes SET disco = ?, endpoints = ?, home_derp = ?, hostinfo = ?, cap = ?, last_seen = ?, polled = ?, instance = ? WHERE id = ?`,
+		e.disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, e.polled, e.instance, id)
 	return err
 }
 
@@ -415,8 +427,8 @@ func (s *SQLite) DeadKey(ctx context.Context, key identity.NodePublic) (DeadKey,
 	d := DeadKey{Key: key}
 	var machine []byte
 	var m [identity.KeyLen]byte
-	err := s.db.QueryRowContext(ctx, `SELECT machine_key, removed, auth_key FROM dead_keys WHERE node_key = ?`, keyBytes(key)).
-		Scan(&machine, &d.Removed, &d.AuthKey)
+	err := s.db.QueryRowContext(ctx, `SELECT machine_key, removed, auth_key, node_id FROM dead_keys WHERE node_key = ?`, keyBytes(key)).
+		Scan(&machine, &d.Removed, &d.AuthKey, &d.Node)
 	if err == nil {
 		err = copyKey(&m, machine)
 	}

@@ -103,6 +103,10 @@ type Node struct {
 	Created   time.Time
 	Expires   time.Time // of the node key, zero = never
 	AuthKey   int64     // Key.ID it enrolled with, 0 = an administrator admitted it
+	// KeyLife is how long a key lives that the node makes itself, in place of
+	// one that is still good: 0 = it is good no longer than the one before,
+	// negative = as the server has it. ExpireNode and RevokeKey make it 0.
+	KeyLife time.Duration
 	// Routes are those that an administrator approved, whether the node
 	// advertises them or not.
 	Routes []netip.Prefix
@@ -120,14 +124,16 @@ type NodeState struct {
 	Cap       int       // capability version
 	LastSeen  time.Time // end of its last map poll, zero = it never polled
 	Polled    bool      // it has polled the map at least once
+	Instance  string    // names the process that is the node, "" = unknown
 }
 
 // DeadKey is a node key that will not be accepted again.
 type DeadKey struct {
 	Key     identity.NodePublic
 	Machine identity.MachinePublic
-	Removed bool  // an administrator removed the node; else the node replaced the key
-	AuthKey int64 // Key.ID the node had enrolled with
+	Removed bool        // an administrator removed the node; else the node replaced the key
+	AuthKey int64       // Key.ID the node had enrolled with
+	Node    wire.NodeID // whose key it was, 0 = unknown
 }
 
 // Policy is one version of the policy.
@@ -189,7 +195,8 @@ type Store interface {
 	// it with the only copy of its text.
 	CreateKey(ctx context.Context, by string, k Key) (Key, string, error)
 	Keys(ctx context.Context) ([]Key, error)
-	// RevokeKey is idempotent.
+	// RevokeKey is idempotent. Nodes that enrolled with the key stay until their
+	// node keys expire: they cannot put that off any more.
 	RevokeKey(ctx context.Context, by string, id int64, now time.Time) (Key, error)
 	// VerifyKey finds the key that text is the secret of. The error is
 	// wire.ErrAuthKeyUnknown (or ErrRelayKeyUnknown) with a zero Key, or, only
@@ -208,9 +215,11 @@ type Store interface {
 	// AdmitNode stores n as RegisterNode does, but on the word of an
 	// administrator instead of a key.
 	AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error)
-	// RotateNodeKey gives a node another key; the former one dies.
-	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, now time.Time) error
-	// ExpireNode sets the expiry of the node's key.
+	// RotateNodeKey gives a node another key, which expires then (zero =
+	// never); the former one dies.
+	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error
+	// ExpireNode sets the expiry of the node's key, and for any but zero, which
+	// is never, that the node cannot put it off.
 	ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error
 	// RenameNode sets hostname, name and whether an administrator chose it.
 	// ErrConflict: the name is taken.

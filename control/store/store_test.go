@@ -280,6 +280,62 @@ func TestNodeIDsAreNeverReused(t *testing.T) {
 	}
 }
 
+// A node that makes itself new keys for ever does not fill the store.
+func TestManyRotations(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+	_, text := newKey(t, s, Key{})
+	n := must[Node](t)(s.RegisterNode(ctx, text, testNode(1), start))
+	old := []identity.NodePublic{n.Key}
+	for i := range 2 * keptKeys {
+		key := identity.NewNode().Public()
+		if err := s.RotateNodeKey(ctx, n.ID, key, time.Time{}, start.Add(time.Duration(i)*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		old = append(old, key)
+	}
+	for i, key := range old {
+		_, err := s.DeadKey(ctx, key)
+		if known := i >= keptKeys && i < len(old)-1; known != (err == nil) {
+			t.Errorf("key %d: %v", i, err)
+		}
+	}
+}
+
+// What a node may do about its key's expiry ends with its auth key, and with an
+// expiry that an administrator chose.
+func TestKeyLife(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+	k, text := newKey(t, s, Key{Reusable: true})
+	life := func(i int) time.Duration { return must[[]Node](t)(s.Nodes(ctx))[i].KeyLife }
+	var ids []wire.NodeID
+	for i := range 2 {
+		n := testNode(i + 1)
+		n.KeyLife, n.Instance = time.Duration(i)-1, "abc"
+		n.Expires = start.Add(time.Hour)
+		n = must[Node](t)(s.RegisterNode(ctx, text, n, start))
+		ids = append(ids, n.ID)
+	}
+	if n := must[[]Node](t)(s.Nodes(ctx))[0]; n.KeyLife != -1 || n.Instance != "abc" {
+		t.Errorf("%+v", n)
+	}
+	if err := s.ExpireNode(ctx, "admin", ids[0], time.Time{}, start); err != nil || life(0) != -1 {
+		t.Errorf("never: %v, %v", life(0), err)
+	}
+	if err := s.ExpireNode(ctx, "admin", ids[0], start, start); err != nil || life(0) != 0 {
+		t.Errorf("now: %v, %v", life(0), err)
+	}
+	renewed := must[[]Node](t)(s.Nodes(ctx))[1]
+	renewed.Key, renewed.KeyLife = identity.NewNode().Public(), time.Hour
+	must[Node](t)(s.RegisterNode(ctx, text, renewed, start))
+	if life(1) != time.Hour {
+		t.Errorf("enrolled anew: %v", life(1))
+	}
+	must[Key](t)(s.RevokeKey(ctx, "admin", k.ID, start))
+	if life(1) != 0 {
+		t.Errorf("its auth key was revoked: %v", life(1))
+	}
+}
+
 func TestDeadKeys(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
 	k, text := newKey(t, s, Key{Reusable: true})
@@ -289,14 +345,18 @@ func TestDeadKeys(t *testing.T) {
 	}
 	old := n.Key
 	n.Key = identity.NewNode().Public()
-	if err := s.RotateNodeKey(ctx, n.ID, n.Key, start); err != nil {
+	later := start.Add(time.Hour)
+	if err := s.RotateNodeKey(ctx, n.ID, n.Key, later, start); err != nil {
 		t.Fatal(err)
 	}
+	if got := must[[]Node](t)(s.Nodes(ctx))[0]; got.Key != n.Key || !got.Expires.Equal(later) {
+		t.Errorf("rotated: %+v", got)
+	}
 	d := must[DeadKey](t)(s.DeadKey(ctx, old))
-	if d.Removed || d.Machine != n.Machine {
+	if d.Removed || d.Machine != n.Machine || d.Node != n.ID {
 		t.Errorf("after rotation: %+v", d)
 	}
-	if err := s.RotateNodeKey(ctx, n.ID, old, start); !errors.Is(err, ErrConflict) {
+	if err := s.RotateNodeKey(ctx, n.ID, old, later, start); !errors.Is(err, ErrConflict) {
 		t.Errorf("rotate back: %v, want ErrConflict", err)
 	}
 	renewed := n

@@ -188,6 +188,9 @@ func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Ti
 		if _, err := tx.ExecContext(ctx, `UPDATE keys SET revoked = ? WHERE id = ?`, stamp(now), id); err != nil {
 			return err
 		}
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET key_life = 0 WHERE auth_key = ?`, id); err != nil {
+			return err
+		}
 		about, err := keyAbout(ctx, tx, k)
 		if err != nil {
 			return err

@@ -91,6 +91,10 @@ type Node struct {
 	CapMap            map[string][]json.RawMessage `json:",omitempty"`
 	Expired           bool                         `json:",omitzero"`
 
+	// MeshRenew, of the receiver itself, is when it should make itself another
+	// node key, while this one is good; zero = it need not, or it would not help.
+	MeshRenew time.Time `json:",omitzero"`
+
 	UnsignedPeerAPIOnly bool `json:",omitempty"`
 	IsJailed            bool `json:",omitempty"` // nothing this peer starts gets in
 	IsWireGuardOnly     bool `json:",omitempty"`
