@@ -1,0 +1,100 @@
+// Command run puts a control server under load and prints what that costs:
+//
+//	go run ./internal/loadtest/run -nodes 1000
+//	go run ./internal/loadtest/run -nodes 10000 -group 100
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"time"
+
+	"mesh/internal/loadtest"
+)
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == "serve" {
+		if err := loadtest.Serve(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "serve:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "run:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	nodes := flag.Int("nodes", 1000, "how `MANY` nodes")
+	group := flag.Int("group", 0, "how `MANY` nodes see each other (default all)")
+	phases := flag.String("phases", "join,idle,endpoints,more,policy,reconnect,churn,revoke", "`WHICH` phases, in this order")
+	changes := flag.Int("changes", 50, "how `MANY` endpoint changes, new nodes and revocations (a fifth of these)")
+	rate := flag.Int("rate", 100, "ephemeral `NODES` a second")
+	churn := flag.Duration("churn", 30*time.Second, "how `LONG` ephemeral nodes come")
+	idle := flag.Duration("idle", 20*time.Second, "how `LONG` to be idle")
+	limit := flag.Duration("limit", 30*time.Minute, "most `TIME` that all may take")
+	resume := flag.Bool("resume", true, "nodes resume their map sessions")
+	profile := flag.String("profile", "", "`DIR` for a CPU profile of the server in each phase")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, *limit)
+	defer cancel()
+
+	server, err := loadtest.Start("serve")
+	if err != nil {
+		return err
+	}
+	defer server.Close()
+	m, err := loadtest.New(loadtest.Config{
+		URL: server.URL, Key: server.Key, Admin: server.Admin, Nodes: *nodes, Group: *group, Resume: *resume, Usage: server.Usage,
+	})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	table := map[string]func(context.Context) loadtest.Phase{
+		"join":      m.Join,
+		"idle":      func(ctx context.Context) loadtest.Phase { return m.Idle(ctx, *idle) },
+		"endpoints": func(ctx context.Context) loadtest.Phase { return m.Endpoints(ctx, *changes) },
+		"more":      func(ctx context.Context) loadtest.Phase { return m.Newcomers(ctx, max(*changes/5, 1)) },
+		"policy":    m.Policy,
+		"reconnect": m.Reconnect,
+		"churn":     func(ctx context.Context) loadtest.Phase { return m.Churn(ctx, *rate, *churn, 2*time.Second) },
+		"revoke":    func(ctx context.Context) loadtest.Phase { return m.Revoke(ctx, max(*changes/5, 1)) },
+	}
+	failed := false
+	for name := range strings.SplitSeq(*phases, ",") {
+		f := table[name]
+		if f == nil {
+			return fmt.Errorf("no phase %q", name)
+		}
+		if *profile != "" {
+			if err := server.Profile(fmt.Sprintf("%s/%s.prof", *profile, name)); err != nil {
+				return err
+			}
+		}
+		p := f(ctx)
+		if *profile != "" {
+			if err := server.Profile(""); err != nil {
+				return err
+			}
+		}
+		heap, goroutines, err := server.Heap()
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%s  heap %d MB, %d goroutines\n", p, heap>>20, goroutines)
+		failed = failed || p.Err != nil
+	}
+	if failed {
+		return fmt.Errorf("something is wrong")
+	}
+	return nil
+}
