@@ -2,12 +2,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"net/netip"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -29,6 +29,11 @@ shows who asks; mesh node approve lets it in. All state is in the data directory
 which one server at a time may use; a server that was killed at any moment starts
 again with all of it.
 
+With --database the data is in a PostgreSQL database instead, and only the keys of the
+relay and the administrators' socket in the data directory. The URL is better given
+in MESH_DATABASE, which other users of the machine cannot see, or without a password,
+which then comes from PostgreSQL's password file.
+
 Without a policy (--policy, or mesh policy set) nobody may reach anybody.
 
 One TCP port serves control and relay: control as plain HTTP, in which the protocol
@@ -47,14 +52,18 @@ is encrypted, and the relay as TLS with a certificate of its own. With --tls-cer
 		fs.StringVar(&cfg.TLSCert, "tls-cert", "", "PEM `FILE` of the certificate")
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
 		nodeExpiryFlag(fs, &cfg.NodeExpiry, "how `LONG` keys of users' nodes live: \"30d\" or \"never\" (default 90d)")
-		database := fs.String("database", "", "PostgreSQL `URL`: not in this version")
+		fs.StringVar(&cfg.Database, "database", "", "PostgreSQL `URL` (default a file in --data; $MESH_DATABASE)")
 		verbose := fs.Bool("v", false, "log what happens, on stderr")
 		return func(ctx context.Context, c *call) (err error) {
 			switch {
 			case (cfg.TLSCert == "") != (cfg.TLSKey == ""):
 				return usageError{"--tls-cert and --tls-key need each other"}
-			case *database != "":
-				return errors.New("--database: this version keeps its data in SQLite only: leave it out, and choose the place with --data")
+			}
+			if cfg.Database == "" {
+				cfg.Database = os.Getenv("MESH_DATABASE")
+			}
+			if cfg.Database != "" && !strings.HasPrefix(cfg.Database, "postgres://") && !strings.HasPrefix(cfg.Database, "postgresql://") {
+				return usageError{"--database: want postgres://USER@HOST/NAME"}
 			}
 			if cfg.DataDir, err = dataDir(*data); err != nil {
 				return err

@@ -51,6 +51,7 @@ func TestWrongUse(t *testing.T) {
 	}{
 		{"frobnicate", `unknown command "frobnicate"`},
 		{"help frobnicate", `unknown command "frobnicate"`},
+		{"serve --database mysql://x@y/z", "want postgres://USER@HOST/NAME"},
 		{"key", "mesh key: what to do with it is missing or unknown"},
 		{"node move a", "mesh node: what to do with it is missing or unknown"},
 		{"node show", "mesh node show: missing argument: NAME"},
@@ -121,7 +122,7 @@ func TestFailures(t *testing.T) {
 	}{
 		{"user list", "mesh user list: no server answers at"},
 		{"status", "is `mesh serve` running with this --data directory?"},
-		{"serve --database postgres://x@y/z", "SQLite only"},
+		{"serve --database postgres://127.0.0.1:1/x --listen 127.0.0.1:0", "database cannot be reached"},
 		{"serve --listen nonsense", "mesh serve: listen for nodes: "},
 		{"serve --listen 0.0.0.0:0 --stun off", "give --url"},
 		{"serve --url ftp://x --listen 127.0.0.1:0 --stun off", `URL "ftp://x": want http://`},

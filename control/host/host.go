@@ -48,8 +48,11 @@ const (
 // Config says what Start starts. The zero value, with DataDir set, is usable.
 type Config struct {
 	DataDir string // database, keys and the administrators' socket; made if missing
-	Listen  string // TCP address of control and relay; "" = DefaultListen
-	STUN    string // UDP address of STUN; "" = Listen's host and DefaultSTUNPort, "off" = none
+	// Database is the URL of a PostgreSQL database to use instead of a file in
+	// DataDir, "" = the file. Several hosts may use the same one.
+	Database string
+	Listen   string // TCP address of control and relay; "" = DefaultListen
+	STUN     string // UDP address of STUN; "" = Listen's host and DefaultSTUNPort, "off" = none
 	// URL is how nodes reach Listen; "" is derived from Listen.
 	URL        string
 	Domain     string // suffix of the nodes' names; "" = "mesh.internal"
@@ -80,7 +83,7 @@ type Host struct {
 	url    string
 	stun   string // "" = none
 	socket string
-	store  *store.SQLite
+	store  store.Store
 	server *server.Server
 	relay  *relay.Server // nil with NoRelay
 
@@ -116,9 +119,7 @@ func Start(cfg Config) (_ *Host, err error) {
 	if len(h.socket) > maxSocketPath {
 		return nil, fmt.Errorf("data directory %s: its path is too long for a unix socket in it", cfg.DataDir)
 	}
-	// The database's lock makes sure that nobody else serves this directory.
-	h.store, err = store.OpenSQLite(context.Background(), filepath.Join(cfg.DataDir, databaseName))
-	if err != nil {
+	if err := h.openStore(); err != nil {
 		return nil, err
 	}
 	h.onClose(func() { h.store.Close() })
@@ -175,6 +176,24 @@ func Start(cfg Config) (_ *Host, err error) {
 		return nil, err
 	}
 	return h, nil
+}
+
+// openStore opens the database, and makes sure that nobody else serves this data
+// directory.
+func (h *Host) openStore() (err error) {
+	ctx := context.Background()
+	file := filepath.Join(h.cfg.DataDir, databaseName)
+	if h.cfg.Database == "" {
+		h.store, err = store.OpenSQLite(ctx, file)
+		return err
+	}
+	lock, err := store.Lock(file + ".lock") // the one that the file would have
+	if err != nil {
+		return fmt.Errorf("data directory %s: %w", h.cfg.DataDir, err)
+	}
+	h.onClose(func() { lock.Close() })
+	h.store, err = store.OpenPostgres(ctx, h.cfg.Database)
+	return err
 }
 
 // URL is how nodes reach the control server.

@@ -103,12 +103,12 @@ func record(ctx context.Context, tx *sql.Tx, e AuditEntry) error {
 	e.ID++
 	e.At = unstamp(stamp(e.At))
 	e.Hash = e.Sum()
-	_, err := tx.ExecContext(ctx, `INSERT INTO audit (id, at, actor, source, action, object, detail, before, after, prev, hash) VALUES (?,?,?,?,?,?,?,?,?,?,?)`,
+	_, err := tx.ExecContext(ctx, `INSERT INTO audit (id, at, actor, source, action, object, detail, before, after, prev, hash) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11)`,
 		e.ID, stamp(e.At), e.Actor, e.Source, e.Action, e.Object, e.Detail, e.Before, e.After, e.Prev[:], e.Hash[:])
 	if err != nil {
 		return err
 	}
-	_, err = tx.ExecContext(ctx, `UPDATE audit_head SET last = ?, hash = ? WHERE id = 1`, e.ID, e.Hash[:])
+	_, err = tx.ExecContext(ctx, `UPDATE audit_head SET last = $1, hash = $2 WHERE id = 1`, e.ID, e.Hash[:])
 	return err
 }
 
@@ -150,33 +150,33 @@ func chainAudit(ctx context.Context, tx *sql.Tx) error {
 		return err
 	}
 	for _, e := range all {
-		if _, err := tx.ExecContext(ctx, `UPDATE audit SET prev = ?, hash = ? WHERE id = ?`, e.Prev[:], e.Hash[:], e.ID); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE audit SET prev = $1, hash = $2 WHERE id = $3`, e.Prev[:], e.Hash[:], e.ID); err != nil {
 			return err
 		}
 	}
-	_, err = tx.ExecContext(ctx, `INSERT INTO audit_head (id, last, hash) VALUES (1, ?, ?)`, head.ID, head.Hash[:])
+	_, err = tx.ExecContext(ctx, `INSERT INTO audit_head (id, last, hash) VALUES (1, $1, $2)`, head.ID, head.Hash[:])
 	return err
 }
 
 // Note implements Store.
-func (s *SQLite) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
-	return s.tx(ctx, "record "+action, func(tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
+func (s *database) Note(ctx context.Context, by, action, object, detail string, now time.Time) error {
+	return s.tx(ctx, "record "+action, func(ctx context.Context, tx *sql.Tx) error { return note(ctx, tx, now, by, action, object, detail) })
 }
 
 // Audit implements Store.
-func (s *SQLite) Audit(ctx context.Context, since time.Time, after int64, limit int) ([]AuditEntry, error) {
-	return query(ctx, s, "read audit", `SELECT `+auditColumns+` FROM audit WHERE at >= ? AND id > ? ORDER BY id LIMIT ?`,
+func (s *database) Audit(ctx context.Context, since time.Time, after int64, limit int) ([]AuditEntry, error) {
+	return query(ctx, s, "read audit", `SELECT `+auditColumns+` FROM audit WHERE at >= $1 AND id > $2 ORDER BY id LIMIT $3`,
 		scanAudit, stamp(since), after, limit)
 }
 
 // AuditHead implements Store.
-func (s *SQLite) AuditHead(ctx context.Context) (h AuditHead, err error) {
+func (s *database) AuditHead(ctx context.Context) (h AuditHead, err error) {
 	var hash []byte
-	if err := s.db.QueryRowContext(ctx, `SELECT last, hash FROM audit_head WHERE id = 1`).Scan(&h.ID, &hash); err != nil {
-		return h, fmt.Errorf("read the head of the audit record: %w", classify(err))
-	}
+	err = s.read(ctx, "read the head of the audit record", func(ctx context.Context) error {
+		return s.db.QueryRowContext(ctx, `SELECT last, hash FROM audit_head WHERE id = 1`).Scan(&h.ID, &hash)
+	})
 	copy(h.Hash[:], hash)
-	return h, nil
+	return h, err
 }
 
 // AuditCheck verifies the chain of an audit record: Add every entry in order,

@@ -13,7 +13,7 @@ import (
 )
 
 // verify checks the whole record of a store.
-func verify(t *testing.T, s *SQLite, anchor AuditHead) (AuditHead, error) {
+func verify(t *testing.T, s Store, anchor AuditHead) (AuditHead, error) {
 	t.Helper()
 	c := AuditCheck{Anchor: anchor}
 	for _, e := range must[[]AuditEntry](t)(s.Audit(ctx, time.Time{}, 0, 1<<20)) {
@@ -106,23 +106,25 @@ func tamper(t *testing.T, path string, rehash int64, statements ...string) {
 }
 
 // The store itself takes entries and nothing else.
-func TestAuditIsAppendOnly(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
-	defer s.Close()
+func TestAuditIsAppendOnly(t *testing.T) { onEach(t, testAuditIsAppendOnly) }
+
+func testAuditIsAppendOnly(t *testing.T, open func() Store) {
+	s := open()
 	if err := s.Note(ctx, "admin", "test.note", "x", "", start); err != nil {
 		t.Fatal(err)
 	}
 	for _, text := range []string{`UPDATE audit SET actor = 'x'`, `DELETE FROM audit`} {
-		if _, err := s.db.Exec(text); err == nil || !strings.Contains(err.Error(), "append-only") {
+		if _, err := dbOf(s).Exec(text); err == nil || !strings.Contains(err.Error(), "append-only") {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
 }
 
 // What changed is told as before and after, with where it came from.
-func TestAuditTellsBeforeAndAfter(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
-	defer s.Close()
+func TestAuditTellsBeforeAndAfter(t *testing.T) { onEach(t, testAuditTellsBeforeAndAfter) }
+
+func testAuditTellsBeforeAndAfter(t *testing.T, open func() Store) {
+	s := open()
 	from := WithSource(ctx, "unix socket")
 	u := must[User](t)(s.CreateUser(from, "admin", "alice", start))
 	k, text := newKey(t, s, Key{User: u.ID})

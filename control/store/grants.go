@@ -11,7 +11,7 @@ import (
 )
 
 // AddGrant implements Store.
-func (s *SQLite) AddGrant(ctx context.Context, g Grant, now time.Time) (Grant, error) {
+func (s *database) AddGrant(ctx context.Context, g Grant, now time.Time) (Grant, error) {
 	g.Ended, g.EndedBy, g.Why = time.Time{}, "", ""
 	src, err1 := encodeList(g.Src)
 	dst, err2 := encodeList(g.Dst)
@@ -21,13 +21,11 @@ func (s *SQLite) AddGrant(ctx context.Context, g Grant, now time.Time) (Grant, e
 	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
 		return Grant{}, err
 	}
-	err := s.tx(ctx, "store grant", func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `INSERT INTO grants (src, dst, ip, asked, nodes, reason, author, created, until) VALUES (?,?,?,?,?,?,?,?,?)`,
+	err := s.tx(ctx, "store grant", func(ctx context.Context, tx *sql.Tx) error {
+		var err error
+		g.ID, err = insert(ctx, tx, `INSERT INTO grants (src, dst, ip, asked, nodes, reason, author, created, until) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9)`,
 			src, dst, ip, asked, nodes, g.Reason, g.Author, stamp(g.Created), stamp(g.Until))
 		if err != nil {
-			return err
-		}
-		if g.ID, err = r.LastInsertId(); err != nil {
 			return err
 		}
 		detail := g.text() + " until " + g.Until.UTC().Format(time.RFC3339)
@@ -61,18 +59,18 @@ func scanGrant(scan func(...any) error) (g Grant, err error) {
 }
 
 // Grants implements Store.
-func (s *SQLite) Grants(ctx context.Context, ended bool, limit int) ([]Grant, error) {
+func (s *database) Grants(ctx context.Context, ended bool, limit int) ([]Grant, error) {
 	// The newest of those that ended, all that have not.
-	return query(ctx, s, "list grants", `SELECT `+grantColumns+` FROM grants WHERE ended = 0 OR ? AND id IN
-		(SELECT id FROM grants WHERE ended <> 0 ORDER BY id DESC LIMIT ?) ORDER BY id`, func(r *sql.Rows) (Grant, error) {
+	return query(ctx, s, "list grants", `SELECT `+grantColumns+` FROM grants WHERE ended = 0 OR $1 <> 0 AND id IN
+		(SELECT id FROM grants WHERE ended <> 0 ORDER BY id DESC LIMIT $2) ORDER BY id`, func(r *sql.Rows) (Grant, error) {
 		return scanGrant(r.Scan)
-	}, ended, limit)
+	}, flag(ended), limit)
 }
 
 // EndGrant implements Store.
-func (s *SQLite) EndGrant(ctx context.Context, by string, id int64, why string, now time.Time) (g Grant, err error) {
-	err = s.tx(ctx, fmt.Sprintf("end grant %d", id), func(tx *sql.Tx) error {
-		g, err = scanGrant(tx.QueryRowContext(ctx, `SELECT `+grantColumns+` FROM grants WHERE id = ?`, id).Scan)
+func (s *database) EndGrant(ctx context.Context, by string, id int64, why string, now time.Time) (g Grant, err error) {
+	err = s.tx(ctx, fmt.Sprintf("end grant %d", id), func(ctx context.Context, tx *sql.Tx) error {
+		g, err = scanGrant(tx.QueryRowContext(ctx, `SELECT `+grantColumns+` FROM grants WHERE id = $1`, id).Scan)
 		switch {
 		case err != nil:
 			return err
@@ -80,7 +78,7 @@ func (s *SQLite) EndGrant(ctx context.Context, by string, id int64, why string, 
 			return fmt.Errorf("%w: it has ended already (%s)", ErrConflict, g.Why)
 		}
 		g.Ended, g.EndedBy, g.Why = now, by, why
-		if _, err := tx.ExecContext(ctx, `UPDATE grants SET ended = ?, ended_by = ?, why = ? WHERE id = ?`, stamp(now), by, why, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE grants SET ended = $1, ended_by = $2, why = $3 WHERE id = $4`, stamp(now), by, why, id); err != nil {
 			return err
 		}
 		return note(ctx, tx, now, by, "grant.end", strconv.FormatInt(id, 10), why+": "+g.text())

@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"net/netip"
-	"path/filepath"
 	"reflect"
 	"testing"
 	"time"
@@ -11,9 +10,10 @@ import (
 	"mesh/control/wire"
 )
 
-func TestGrants(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "mesh.db")
-	s := open(t, path)
+func TestGrants(t *testing.T) { onEach(t, testGrants) }
+
+func testGrants(t *testing.T, open func() Store) {
+	s := open()
 	add := func(reason string, until time.Time) Grant {
 		return must[Grant](t)(s.AddGrant(ctx, Grant{
 			ID: 7, Src: []string{"alice@"}, Dst: []string{"100.64.0.1"}, IP: []string{"tcp:22"}, Asked: [3][]string{{"alice"}, {"db"}, {"tcp:22"}},
@@ -25,7 +25,7 @@ func TestGrants(t *testing.T) {
 		t.Fatalf("grants %+v, %+v", a, b)
 	}
 	s.Close()
-	s = open(t, path)
+	s = open()
 	if got := must[[]Grant](t)(s.Grants(ctx, true, 10)); !reflect.DeepEqual(got, []Grant{a, b}) {
 		t.Errorf("after a restart:\n got %+v\nwant %+v", got, []Grant{a, b})
 	}
@@ -59,8 +59,10 @@ func TestGrants(t *testing.T) {
 	}
 }
 
-func TestPolicyVersionsAndShadow(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestPolicyVersionsAndShadow(t *testing.T) { onEach(t, testPolicyVersionsAndShadow) }
+
+func testPolicyVersionsAndShadow(t *testing.T, open func() Store) {
+	s := open()
 	for i, text := range []string{"{}", `{"acls":[]}`, "{}"} {
 		note := ""
 		if i == 2 {
@@ -92,16 +94,17 @@ func TestPolicyVersionsAndShadow(t *testing.T) {
 	}
 }
 
-func TestApprovedRoutes(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "mesh.db")
-	s := open(t, path)
+func TestApprovedRoutes(t *testing.T) { onEach(t, testApprovedRoutes) }
+
+func testApprovedRoutes(t *testing.T, open func() Store) {
+	s := open()
 	n := must[Node](t)(s.AdmitNode(ctx, "admin", testNode(1), start))
 	routes := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::/0")}
 	if err := s.ApproveRoutes(ctx, "admin", n.ID, routes, start); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()
-	s = open(t, path)
+	s = open()
 	if got := must[[]Node](t)(s.Nodes(ctx))[0].Routes; !reflect.DeepEqual(got, routes) {
 		t.Errorf("routes %v, want %v", got, routes)
 	}

@@ -5,14 +5,15 @@ package store
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
 )
 
-// lockFile takes the lock at path until the file is closed or the process
-// ends.
-func lockFile(path string) (*os.File, error) {
+// Lock takes the lock at path, a file that is made if it does not exist, until
+// it is closed or the process ends. ErrLocked: another process has it.
+func Lock(path string) (io.Closer, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err

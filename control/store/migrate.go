@@ -8,45 +8,61 @@ import (
 	"mesh/identity"
 )
 
-// migrations bring a file from version i to version i+1. One that was released
-// is never changed.
-var migrations = []func(context.Context, *sql.Tx) error{
-	func(ctx context.Context, tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, schema1); err != nil {
+// migration brings tables from one version to the next. Tables and columns are
+// only ever added, with defaults, so that a program which does not know them can
+// go on: that is how replicas of two versions run beside each other.
+type migration struct {
+	ddl string // in SQLite's words; see postgresDDL
+	// then runs after ddl, nil = nothing.
+	then func(context.Context, *sql.Tx) error
+	// sqlite and postgres run last, each in its own words.
+	sqlite, postgres string
+	// breaks says that programs which do not know this version must not use the
+	// tables any more.
+	breaks bool
+}
+
+// migrations lead from version i to version i+1. One that was released is never
+// changed.
+var migrations = []migration{
+	// The key is made here, and only here: a store that lost its key must not
+	// come back under a new one that no node trusts.
+	{ddl: schema1, then: makeServerKey, breaks: true},
+	{ddl: schema2, breaks: true},
+	{ddl: schema3, breaks: true},
+	{ddl: schema4, breaks: true},
+	{ddl: schema5, then: chainAudit, sqlite: schema5Sealed, postgres: schema5SealedPostgres, breaks: true},
+	{ddl: schema6, breaks: true},
+}
+
+func makeServerKey(ctx context.Context, tx *sql.Tx) error {
+	key := identity.NewMachine().Secret()
+	_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('server-key', $1)`, []byte(key))
+	return err
+}
+
+// run applies what leads on from a version.
+func run(ctx context.Context, tx *sql.Tx, version int, postgres bool) error {
+	for _, m := range migrations[version:] {
+		ddl, own := m.ddl, m.sqlite
+		if postgres {
+			ddl, own = postgresDDL.Replace(ddl), m.postgres
+		}
+		if _, err := tx.ExecContext(ctx, ddl); err != nil {
 			return err
 		}
-		// Made here, and only here: a store that lost its key must not come
-		// back under a new one that no node trusts.
-		key := identity.NewMachine().Secret()
-		_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('server-key', ?)`, []byte(key))
-		return err
-	},
-	func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, schema2)
-		return err
-	},
-	func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, schema3)
-		return err
-	},
-	func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, schema4)
-		return err
-	},
-	func(ctx context.Context, tx *sql.Tx) error {
-		if _, err := tx.ExecContext(ctx, schema5); err != nil {
-			return err
+		if m.then != nil {
+			if err := m.then(ctx, tx); err != nil {
+				return err
+			}
 		}
-		if err := chainAudit(ctx, tx); err != nil {
-			return err
+		if own != "" {
+			if _, err := tx.ExecContext(ctx, own); err != nil {
+				return err
+			}
 		}
-		_, err := tx.ExecContext(ctx, schema5Sealed)
-		return err
-	},
-	func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, schema6)
-		return err
-	},
+	}
+	return nil
 }
 
 // schema6: nodes renew their keys by themselves, say which of their processes
@@ -78,6 +94,11 @@ CREATE TABLE audit_head (
 const schema5Sealed = `
 CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit record is append-only'); END;
 CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit record is append-only'); END;
+`
+
+const schema5SealedPostgres = `
+CREATE FUNCTION audit_sealed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the audit record is append-only'; END $$;
+CREATE TRIGGER audit_sealed BEFORE UPDATE OR DELETE OR TRUNCATE ON audit EXECUTE FUNCTION audit_sealed();
 `
 
 // schema4: a region may have several relays.
@@ -225,7 +246,7 @@ CREATE INDEX audit_at ON audit (at);
 const applicationID = 0x6d657368
 
 func (s *SQLite) migrate(ctx context.Context) error {
-	return s.tx(ctx, "prepare tables", func(tx *sql.Tx) error {
+	return s.tx(ctx, "prepare tables", func(ctx context.Context, tx *sql.Tx) error {
 		var app, version, tables int
 		err := tx.QueryRowContext(ctx, `SELECT (SELECT application_id FROM pragma_application_id),
 			(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_schema)`).Scan(&app, &version, &tables)
@@ -240,10 +261,8 @@ func (s *SQLite) migrate(ctx context.Context) error {
 		case version == len(migrations):
 			return nil
 		}
-		for _, m := range migrations[version:] {
-			if err := m(ctx, tx); err != nil {
-				return err
-			}
+		if err := run(ctx, tx, version, false); err != nil {
+			return err
 		}
 		_, err = tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA application_id = %d; PRAGMA user_version = %d`, applicationID, len(migrations)))
 		return err

@@ -85,8 +85,10 @@ func TestOldFileIsMigrated(t *testing.T) {
 	}
 }
 
-func TestAdmitNodeAndOwners(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestAdmitNodeAndOwners(t *testing.T) { onEach(t, testAdmitNodeAndOwners) }
+
+func testAdmitNodeAndOwners(t *testing.T, open func() Store) {
+	s := open()
 	u := must[User](t)(s.CreateUser(ctx, "admin", "alice", start))
 	n := testNode(1)
 	n.User, n.Tags, n.Expires = u.ID, nil, start.Add(time.Hour)

@@ -60,25 +60,22 @@ func keyBytes[K interface{ Bytes() [identity.KeyLen]byte }](k K) []byte {
 }
 
 // Nodes implements Store.
-func (s *SQLite) Nodes(ctx context.Context) ([]Node, error) {
+func (s *database) Nodes(ctx context.Context) ([]Node, error) {
 	return query(ctx, s, "list nodes", `SELECT `+nodeColumns+` FROM nodes ORDER BY id`, func(r *sql.Rows) (Node, error) {
 		return scanNode(r.Scan)
 	})
 }
 
 // LastNodeID implements Store.
-func (s *SQLite) LastNodeID(ctx context.Context) (wire.NodeID, error) {
+func (s *database) LastNodeID(ctx context.Context) (wire.NodeID, error) {
 	var id int64
-	err := s.db.QueryRowContext(ctx, `SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'nodes'), 0)`).Scan(&id)
-	if err != nil {
-		return 0, fmt.Errorf("last node ID: %w", classify(err))
-	}
-	return wire.NodeID(id), nil
+	err := s.read(ctx, "last node ID", func(ctx context.Context) error { return s.db.QueryRowContext(ctx, s.dialect.lastNode).Scan(&id) })
+	return wire.NodeID(id), err
 }
 
 // RegisterNode implements Store.
-func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error) {
-	err := s.tx(ctx, fmt.Sprintf("register node %q", n.Name), func(tx *sql.Tx) error {
+func (s *database) RegisterNode(ctx context.Context, keyText string, n Node, now time.Time) (Node, error) {
+	err := s.tx(ctx, fmt.Sprintf("register node %q", n.Name), func(ctx context.Context, tx *sql.Tx) error {
 		k, err := verifyKey(ctx, tx, KeyNode, keyText, now)
 		if err != nil {
 			return err
@@ -91,7 +88,7 @@ func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now t
 		if err := putNode(ctx, tx, &n, now); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE keys SET used = ?, used_by = ? WHERE id = ?`, stamp(now), n.ID, k.ID); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE keys SET used = $1, used_by = $2 WHERE id = $3`, stamp(now), n.ID, k.ID); err != nil {
 			return err
 		}
 		owner, err := ownerText(ctx, tx, n.User, n.Tags)
@@ -107,9 +104,9 @@ func (s *SQLite) RegisterNode(ctx context.Context, keyText string, n Node, now t
 }
 
 // AdmitNode implements Store.
-func (s *SQLite) AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error) {
+func (s *database) AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error) {
 	n.AuthKey = 0
-	err := s.tx(ctx, fmt.Sprintf("admit node %q", n.Name), func(tx *sql.Tx) error {
+	err := s.tx(ctx, fmt.Sprintf("admit node %q", n.Name), func(ctx context.Context, tx *sql.Tx) error {
 		if err := putNode(ctx, tx, &n, now); err != nil {
 			return err
 		}
@@ -142,21 +139,17 @@ func putNode(ctx context.Context, tx *sql.Tx, n *Node, now time.Time) error {
 		if err := retire(ctx, tx, n.ID, false, now); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ?, auth_key = ?, ephemeral = ?, key_life = ? WHERE id = ?`,
-			keyBytes(n.Key), stamp(n.Expires), n.AuthKey, n.Ephemeral, int64(n.KeyLife), n.ID)
+		_, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = $1, expires = $2, auth_key = $3, ephemeral = $4, key_life = $5 WHERE id = $6`,
+			keyBytes(n.Key), stamp(n.Expires), n.AuthKey, flag(n.Ephemeral), int64(n.KeyLife), n.ID)
 		if err != nil {
 			return err
 		}
 		return saveState(ctx, tx, n.ID, state)
 	}
-	r, err := tx.ExecContext(ctx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, named, ipv4, ipv6,
-		ephemeral, created, expires, auth_key, key_life) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)`,
-		string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, n.Named, n.IPv4.String(), n.IPv6.String(),
-		n.Ephemeral, stamp(n.Created), stamp(n.Expires), n.AuthKey, int64(n.KeyLife))
-	if err != nil {
-		return err
-	}
-	id, err := r.LastInsertId()
+	id, err := insert(ctx, tx, `INSERT INTO nodes (stable_id, machine_key, node_key, user_id, tags, hostname, name, named, ipv4, ipv6,
+		ephemeral, created, expires, auth_key, key_life) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15)`,
+		string(n.StableID), keyBytes(n.Machine), keyBytes(n.Key), nullID(n.User), tags, n.Hostname, n.Name, flag(n.Named), n.IPv4.String(), n.IPv6.String(),
+		flag(n.Ephemeral), stamp(n.Created), stamp(n.Expires), n.AuthKey, int64(n.KeyLife))
 	if err != nil {
 		return err
 	}
@@ -172,7 +165,7 @@ func ownerText(ctx context.Context, tx *sql.Tx, user wire.UserID, tags []string)
 	if user == 0 {
 		return "nobody", nil
 	}
-	err = tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = ?`, user).Scan(&name)
+	err = tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = $1`, user).Scan(&name)
 	return name, err
 }
 
@@ -181,7 +174,7 @@ func nodeOwner(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, owner str
 	var user wire.UserID
 	var text string
 	var tags []string
-	if err := tx.QueryRowContext(ctx, `SELECT name, coalesce(user_id, 0), tags FROM nodes WHERE id = ?`, id).Scan(&name, &user, &text); err != nil {
+	if err := tx.QueryRowContext(ctx, `SELECT name, coalesce(user_id, 0), tags FROM nodes WHERE id = $1`, id).Scan(&name, &user, &text); err != nil {
 		return "", "", err
 	}
 	if err := decode(text, &tags); err != nil {
@@ -193,8 +186,10 @@ func nodeOwner(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, owner str
 
 // retire moves the present key of a node to the dead ones.
 func retire(ctx context.Context, tx *sql.Tx, id wire.NodeID, removed bool, now time.Time) error {
-	r, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO dead_keys (node_key, machine_key, removed, auth_key, at, node_id)
-		SELECT node_key, machine_key, ?, auth_key, ?, id FROM nodes WHERE id = ?`, removed, stamp(now), id)
+	r, err := tx.ExecContext(ctx, `INSERT INTO dead_keys (node_key, machine_key, removed, auth_key, at, node_id)
+		SELECT node_key, machine_key, $1, auth_key, $2, id FROM nodes WHERE id = $3
+		ON CONFLICT (node_key) DO UPDATE SET machine_key = excluded.machine_key, removed = excluded.removed, auth_key = excluded.auth_key,
+			at = excluded.at, node_id = excluded.node_id`, flag(removed), stamp(now), id)
 	if err != nil {
 		return err
 	}
@@ -203,7 +198,7 @@ func retire(ctx context.Context, tx *sql.Tx, id wire.NodeID, removed bool, now t
 
 func notDead(ctx context.Context, tx *sql.Tx, key identity.NodePublic) error {
 	var n int
-	err := tx.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE node_key = ?`, keyBytes(key)).Scan(&n)
+	err := tx.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE node_key = $1`, keyBytes(key)).Scan(&n)
 	if err == nil && n > 0 {
 		err = fmt.Errorf("%w: the node key is no longer valid", ErrConflict)
 	}
@@ -221,7 +216,7 @@ func mustAffect(r sql.Result) error {
 // keyOf returns the name of a node and the short form of its key.
 func keyOf(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, key string, err error) {
 	var b []byte
-	if err := tx.QueryRowContext(ctx, `SELECT name, node_key FROM nodes WHERE id = ?`, id).Scan(&name, &b); err != nil {
+	if err := tx.QueryRowContext(ctx, `SELECT name, node_key FROM nodes WHERE id = $1`, id).Scan(&name, &b); err != nil {
 		return "", "", err
 	}
 	var k [identity.KeyLen]byte
@@ -236,8 +231,8 @@ func keyOf(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, key string, e
 const keptKeys = 16
 
 // RotateNodeKey implements Store.
-func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(tx *sql.Tx) error {
+func (s *database) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		if err := notDead(ctx, tx, key); err != nil {
 			return err
 		}
@@ -248,11 +243,11 @@ func (s *SQLite) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity
 		if err := retire(ctx, tx, id, false, now); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = ?, expires = ? WHERE id = ?`, keyBytes(key), stamp(expires), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = $1, expires = $2 WHERE id = $3`, keyBytes(key), stamp(expires), id); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `DELETE FROM dead_keys WHERE node_id = ? AND NOT removed AND node_key NOT IN
-			(SELECT node_key FROM dead_keys WHERE node_id = ? ORDER BY at DESC LIMIT ?)`, id, id, keptKeys)
+		_, err = tx.ExecContext(ctx, `DELETE FROM dead_keys WHERE node_id = $1 AND removed = 0 AND node_key NOT IN
+			(SELECT node_key FROM dead_keys WHERE node_id = $1 ORDER BY at DESC LIMIT $2)`, id, keptKeys)
 		if err != nil {
 			return err
 		}
@@ -268,14 +263,14 @@ func expiryText(at time.Time) string {
 }
 
 // ExpireNode implements Store.
-func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("expire node %d", id), func(tx *sql.Tx) error {
+func (s *database) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("expire node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		var name string
 		var old int64
-		if err := tx.QueryRowContext(ctx, `SELECT name, expires FROM nodes WHERE id = ?`, id).Scan(&name, &old); err != nil {
+		if err := tx.QueryRowContext(ctx, `SELECT name, expires FROM nodes WHERE id = $1`, id).Scan(&name, &old); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = ?, key_life = CASE WHEN ? THEN key_life ELSE 0 END WHERE id = ?`, stamp(at), at.IsZero(), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET expires = $1, key_life = CASE WHEN $2 <> 0 THEN key_life ELSE 0 END WHERE id = $3`, stamp(at), flag(at.IsZero()), id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, "node.expire", name, expiryText(unstamp(old)), expiryText(at))
@@ -283,13 +278,13 @@ func (s *SQLite) ExpireNode(ctx context.Context, by string, id wire.NodeID, at, 
 }
 
 // RenameNode implements Store.
-func (s *SQLite) RenameNode(ctx context.Context, by string, id wire.NodeID, hostname, name string, named bool, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("rename node %d", id), func(tx *sql.Tx) error {
+func (s *database) RenameNode(ctx context.Context, by string, id wire.NodeID, hostname, name string, named bool, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("rename node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		var old string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = ?`, id).Scan(&old); err != nil {
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM nodes WHERE id = $1`, id).Scan(&old); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = ?, name = ?, named = ? WHERE id = ?`, hostname, name, named, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET hostname = $1, name = $2, named = $3 WHERE id = $4`, hostname, name, flag(named), id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, "node.rename", old, old, name)
@@ -297,17 +292,17 @@ func (s *SQLite) RenameNode(ctx context.Context, by string, id wire.NodeID, host
 }
 
 // SetOwner implements Store.
-func (s *SQLite) SetOwner(ctx context.Context, by string, id wire.NodeID, user wire.UserID, tags []string, expires, now time.Time) error {
+func (s *database) SetOwner(ctx context.Context, by string, id wire.NodeID, user wire.UserID, tags []string, expires, now time.Time) error {
 	text, err := encodeList(tags)
 	if err != nil {
 		return err
 	}
-	return s.tx(ctx, fmt.Sprintf("set owner of node %d", id), func(tx *sql.Tx) error {
+	return s.tx(ctx, fmt.Sprintf("set owner of node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		name, before, err := nodeOwner(ctx, tx, id)
 		if err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET user_id = ?, tags = ?, expires = ? WHERE id = ?`, nullID(user), text, stamp(expires), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET user_id = $1, tags = $2, expires = $3 WHERE id = $4`, nullID(user), text, stamp(expires), id); err != nil {
 			return err
 		}
 		owner, err := ownerText(ctx, tx, user, tags)
@@ -326,21 +321,21 @@ func routesText(routes []netip.Prefix) string {
 }
 
 // ApproveRoutes implements Store.
-func (s *SQLite) ApproveRoutes(ctx context.Context, by string, id wire.NodeID, routes []netip.Prefix, now time.Time) error {
+func (s *database) ApproveRoutes(ctx context.Context, by string, id wire.NodeID, routes []netip.Prefix, now time.Time) error {
 	text, err := encodeList(routes)
 	if err != nil {
 		return err
 	}
-	return s.tx(ctx, fmt.Sprintf("approve routes of node %d", id), func(tx *sql.Tx) error {
+	return s.tx(ctx, fmt.Sprintf("approve routes of node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		var name, old string
-		if err := tx.QueryRowContext(ctx, `SELECT name, routes FROM nodes WHERE id = ?`, id).Scan(&name, &old); err != nil {
+		if err := tx.QueryRowContext(ctx, `SELECT name, routes FROM nodes WHERE id = $1`, id).Scan(&name, &old); err != nil {
 			return err
 		}
 		var before []netip.Prefix
 		if err := decode(old, &before); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET routes = ? WHERE id = ?`, text, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET routes = $1 WHERE id = $2`, text, id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, "node.routes", name, routesText(before), routesText(routes))
@@ -348,8 +343,8 @@ func (s *SQLite) ApproveRoutes(ctx context.Context, by string, id wire.NodeID, r
 }
 
 // RemoveNode implements Store.
-func (s *SQLite) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("remove node %d", id), func(tx *sql.Tx) error {
+func (s *database) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury bool, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("remove node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		name, owner, err := nodeOwner(ctx, tx, id)
 		if err != nil {
 			return err
@@ -359,7 +354,7 @@ func (s *SQLite) RemoveNode(ctx context.Context, by string, id wire.NodeID, bury
 				return err
 			}
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM nodes WHERE id = ?`, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM nodes WHERE id = $1`, id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, "node.remove", name, fmt.Sprintf("node %d of %s", id, owner), "")
@@ -394,13 +389,13 @@ func encodeState(st NodeState) (e encodedState, err error) {
 }
 
 func saveState(ctx context.Context, tx *sql.Tx, id wire.NodeID, e encodedState) error {
-	_, err := tx.ExecContext(ctx, `UPDATE nodes SET disco = ?, endpoints = ?, home_derp = ?, hostinfo = ?, cap = ?, last_seen = ?, polled = ?, instance = ? WHERE id = ?`,
-		e.disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, e.polled, e.instance, id)
+	_, err := tx.ExecContext(ctx, `UPDATE nodes SET disco = $1, endpoints = $2, home_derp = $3, hostinfo = $4, cap = $5, last_seen = $6, polled = $7, instance = $8 WHERE id = $9`,
+		e.disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, flag(e.polled), e.instance, id)
 	return err
 }
 
 // SaveStates implements Store.
-func (s *SQLite) SaveStates(ctx context.Context, states map[wire.NodeID]NodeState) error {
+func (s *database) SaveStates(ctx context.Context, states map[wire.NodeID]NodeState) error {
 	if len(states) == 0 {
 		return nil
 	}
@@ -412,7 +407,7 @@ func (s *SQLite) SaveStates(ctx context.Context, states map[wire.NodeID]NodeStat
 		}
 		encoded[id] = e
 	}
-	return s.tx(ctx, "save node states", func(tx *sql.Tx) error {
+	return s.tx(ctx, "save node states", func(ctx context.Context, tx *sql.Tx) error {
 		for id, e := range encoded {
 			if err := saveState(ctx, tx, id, e); err != nil {
 				return err
@@ -423,28 +418,31 @@ func (s *SQLite) SaveStates(ctx context.Context, states map[wire.NodeID]NodeStat
 }
 
 // DeadKey implements Store.
-func (s *SQLite) DeadKey(ctx context.Context, key identity.NodePublic) (DeadKey, error) {
+func (s *database) DeadKey(ctx context.Context, key identity.NodePublic) (DeadKey, error) {
 	d := DeadKey{Key: key}
 	var machine []byte
 	var m [identity.KeyLen]byte
-	err := s.db.QueryRowContext(ctx, `SELECT machine_key, removed, auth_key, node_id FROM dead_keys WHERE node_key = ?`, keyBytes(key)).
-		Scan(&machine, &d.Removed, &d.AuthKey, &d.Node)
-	if err == nil {
-		err = copyKey(&m, machine)
-	}
+	err := s.read(ctx, "look up node key", func(ctx context.Context) error {
+		err := s.db.QueryRowContext(ctx, `SELECT machine_key, removed, auth_key, node_id FROM dead_keys WHERE node_key = $1`, keyBytes(key)).
+			Scan(&machine, &d.Removed, &d.AuthKey, &d.Node)
+		if err == nil {
+			err = copyKey(&m, machine)
+		}
+		return err
+	})
 	if err != nil {
-		return DeadKey{}, fmt.Errorf("look up node key: %w", classify(err))
+		return DeadKey{}, err
 	}
 	d.Machine = identity.MachinePublicFrom(m)
 	return d, nil
 }
 
 // Buried implements Store.
-func (s *SQLite) Buried(ctx context.Context, machine identity.MachinePublic, authKey int64) (bool, error) {
+func (s *database) Buried(ctx context.Context, machine identity.MachinePublic, authKey int64) (bool, error) {
 	var n int
-	err := s.db.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE machine_key = ? AND removed AND auth_key = ?`, keyBytes(machine), authKey).Scan(&n)
-	if err != nil {
-		return false, fmt.Errorf("look up machine: %w", classify(err))
-	}
-	return n > 0, nil
+	err := s.read(ctx, "look up machine", func(ctx context.Context) error {
+		return s.db.QueryRowContext(ctx, `SELECT count(*) FROM dead_keys WHERE machine_key = $1 AND removed <> 0 AND auth_key = $2`,
+			keyBytes(machine), authKey).Scan(&n)
+	})
+	return n > 0, err
 }

@@ -11,10 +11,14 @@ import (
 )
 
 // Policy implements Store.
-func (s *SQLite) Policy(ctx context.Context) (Policy, error) {
-	p, err := newestPolicy(ctx, s.db)
+func (s *database) Policy(ctx context.Context) (Policy, error) {
+	var p Policy
+	err := s.read(ctx, "read policy", func(ctx context.Context) (err error) {
+		p, err = newestPolicy(ctx, s.db)
+		return err
+	})
 	if err != nil {
-		return Policy{}, fmt.Errorf("read policy: %w", classify(err))
+		return Policy{}, err
 	}
 	return p, nil
 }
@@ -28,20 +32,22 @@ func newestPolicy(ctx context.Context, q rowQuerier) (p Policy, err error) {
 }
 
 // PolicyVersion implements Store.
-func (s *SQLite) PolicyVersion(ctx context.Context, version int64) (p Policy, err error) {
+func (s *database) PolicyVersion(ctx context.Context, version int64) (p Policy, err error) {
 	var created int64
-	err = s.db.QueryRowContext(ctx, `SELECT version, text, author, created, note FROM policies WHERE version = ?`, version).
-		Scan(&p.Version, &p.Text, &p.Author, &created, &p.Note)
+	err = s.read(ctx, fmt.Sprintf("policy version %d", version), func(ctx context.Context) error {
+		return s.db.QueryRowContext(ctx, `SELECT version, text, author, created, note FROM policies WHERE version = $1`, version).
+			Scan(&p.Version, &p.Text, &p.Author, &created, &p.Note)
+	})
 	if err != nil {
-		return Policy{}, fmt.Errorf("policy version %d: %w", version, classify(err))
+		return Policy{}, err
 	}
 	p.Created = unstamp(created)
 	return p, nil
 }
 
 // Policies implements Store.
-func (s *SQLite) Policies(ctx context.Context, limit int) ([]Policy, error) {
-	return query(ctx, s, "list policies", `SELECT version, author, created, note FROM policies ORDER BY version DESC LIMIT ?`,
+func (s *database) Policies(ctx context.Context, limit int) ([]Policy, error) {
+	return query(ctx, s, "list policies", `SELECT version, author, created, note FROM policies ORDER BY version DESC LIMIT $1`,
 		func(r *sql.Rows) (p Policy, err error) {
 			var created int64
 			err = r.Scan(&p.Version, &p.Author, &created, &p.Note)
@@ -51,9 +57,9 @@ func (s *SQLite) Policies(ctx context.Context, limit int) ([]Policy, error) {
 }
 
 // SetPolicy implements Store.
-func (s *SQLite) SetPolicy(ctx context.Context, by, text, why string, expect int64, now time.Time) (Policy, error) {
+func (s *database) SetPolicy(ctx context.Context, by, text, why string, expect int64, now time.Time) (Policy, error) {
 	p := Policy{Text: text, Author: by, Created: now, Note: why}
-	err := s.tx(ctx, "store policy", func(tx *sql.Tx) error {
+	err := s.tx(ctx, "store policy", func(ctx context.Context, tx *sql.Tx) error {
 		old, err := newestPolicy(ctx, tx)
 		if err != nil && !errors.Is(err, sql.ErrNoRows) {
 			return err
@@ -61,11 +67,8 @@ func (s *SQLite) SetPolicy(ctx context.Context, by, text, why string, expect int
 		if expect >= 0 && old.Version != expect {
 			return fmt.Errorf("%w: the policy was changed meanwhile: its version is %d by now, not %d", ErrConflict, old.Version, expect)
 		}
-		r, err := tx.ExecContext(ctx, `INSERT INTO policies (text, author, created, note) VALUES (?,?,?,?)`, text, by, stamp(now), why)
-		if err != nil {
-			return err
-		}
-		if p.Version, err = r.LastInsertId(); err != nil {
+		p.Version = old.Version + 1
+		if _, err := tx.ExecContext(ctx, `INSERT INTO policies (version, text, author, created, note) VALUES ($1,$2,$3,$4,$5)`, p.Version, text, by, stamp(now), why); err != nil {
 			return err
 		}
 		e := AuditEntry{At: now, Actor: by, Action: "policy.set", Object: strconv.FormatInt(p.Version, 10), Detail: why, After: textSum(text)}
@@ -85,27 +88,29 @@ func (s *SQLite) SetPolicy(ctx context.Context, by, text, why string, expect int
 func textSum(text string) string { return fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(text))) }
 
 // Shadow implements Store.
-func (s *SQLite) Shadow(ctx context.Context) (p Policy, err error) {
+func (s *database) Shadow(ctx context.Context) (p Policy, err error) {
 	var created int64
-	err = s.db.QueryRowContext(ctx, `SELECT text, author, created FROM shadow`).Scan(&p.Text, &p.Author, &created)
+	err = s.read(ctx, "read shadow policy", func(ctx context.Context) error {
+		return s.db.QueryRowContext(ctx, `SELECT text, author, created FROM shadow`).Scan(&p.Text, &p.Author, &created)
+	})
 	if err != nil {
-		return Policy{}, fmt.Errorf("read shadow policy: %w", classify(err))
+		return Policy{}, err
 	}
 	p.Created = unstamp(created)
 	return p, nil
 }
 
 // SetShadow implements Store.
-func (s *SQLite) SetShadow(ctx context.Context, by, text string, now time.Time) (Policy, error) {
+func (s *database) SetShadow(ctx context.Context, by, text string, now time.Time) (Policy, error) {
 	p := Policy{Text: text, Author: by, Created: now}
-	err := s.tx(ctx, "store shadow policy", func(tx *sql.Tx) error {
+	err := s.tx(ctx, "store shadow policy", func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, `DELETE FROM shadow`); err != nil {
 			return err
 		}
 		if text == "" {
 			return note(ctx, tx, now, by, "policy.shadow.clear", "shadow", "")
 		}
-		if _, err := tx.ExecContext(ctx, `INSERT INTO shadow (id, text, author, created) VALUES (1,?,?,?)`, text, by, stamp(now)); err != nil {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO shadow (id, text, author, created) VALUES (1,$1,$2,$3)`, text, by, stamp(now)); err != nil {
 			return err
 		}
 		return note(ctx, tx, now, by, "policy.shadow.set", "shadow", textSum(text))

@@ -12,7 +12,7 @@ import (
 )
 
 // ServerKey implements Store.
-func (s *SQLite) ServerKey(ctx context.Context) (identity.MachinePrivate, error) {
+func (s *database) ServerKey(ctx context.Context) (identity.MachinePrivate, error) {
 	b, err := s.Secret(ctx, "server-key", nil)
 	if err != nil {
 		return identity.MachinePrivate{}, err
@@ -25,31 +25,31 @@ func (s *SQLite) ServerKey(ctx context.Context) (identity.MachinePrivate, error)
 }
 
 // Secret implements Store. A nil fresh makes a missing secret ErrNotFound.
-func (s *SQLite) Secret(ctx context.Context, name string, fresh func() ([]byte, error)) (value []byte, err error) {
-	err = s.tx(ctx, "read secret "+name, func(tx *sql.Tx) error {
-		err := tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = ?`, name).Scan(&value)
+func (s *database) Secret(ctx context.Context, name string, fresh func() ([]byte, error)) (value []byte, err error) {
+	err = s.tx(ctx, "read secret "+name, func(ctx context.Context, tx *sql.Tx) error {
+		err := tx.QueryRowContext(ctx, `SELECT value FROM meta WHERE name = $1`, name).Scan(&value)
 		if fresh == nil || !errors.Is(err, sql.ErrNoRows) {
 			return err
 		}
 		if value, err = fresh(); err != nil {
 			return err
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES (?,?)`, name, value)
+		_, err = tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ($1,$2)`, name, value)
 		return err
 	})
 	return value, err
 }
 
 // PutRelay implements Store.
-func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
+func (s *database) PutRelay(ctx context.Context, r Relay, now time.Time) error {
 	region, err := encode(r.Region)
 	if err != nil {
 		return err
 	}
 	id := r.Region.RegionID
-	return s.tx(ctx, fmt.Sprintf("store relay of region %d", id), func(tx *sql.Tx) error {
+	return s.tx(ctx, fmt.Sprintf("store relay of region %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		var others int
-		err := tx.QueryRowContext(ctx, `SELECT count(*) FROM relays WHERE (region_id = ? OR node_key = ?) AND key_id <> ?`,
+		err := tx.QueryRowContext(ctx, `SELECT count(*) FROM relays WHERE (region_id = $1 OR node_key = $2) AND key_id <> $3`,
 			id, keyBytes(r.NodeKey), r.Key).Scan(&others)
 		if err != nil {
 			return err
@@ -57,7 +57,7 @@ func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
 		if others > 0 {
 			return fmt.Errorf("%w: another relay, with another relay key, has region %d", ErrConflict, id)
 		}
-		_, err = tx.ExecContext(ctx, `INSERT INTO relays (node_key, region_id, region, key_id, created) VALUES (?,?,?,?,?)
+		_, err = tx.ExecContext(ctx, `INSERT INTO relays (node_key, region_id, region, key_id, created) VALUES ($1,$2,$3,$4,$5)
 			ON CONFLICT (node_key) DO UPDATE SET region_id = excluded.region_id, region = excluded.region`,
 			keyBytes(r.NodeKey), id, region, r.Key, stamp(r.Created))
 		if err != nil {
@@ -68,7 +68,7 @@ func (s *SQLite) PutRelay(ctx context.Context, r Relay, now time.Time) error {
 }
 
 // Relays implements Store.
-func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
+func (s *database) Relays(ctx context.Context) ([]Relay, error) {
 	return query(ctx, s, "list relays", `SELECT node_key, region, key_id, created FROM relays ORDER BY region_id, created, node_key`, func(rows *sql.Rows) (r Relay, err error) {
 		var key []byte
 		var region string
@@ -86,10 +86,10 @@ func (s *SQLite) Relays(ctx context.Context) ([]Relay, error) {
 }
 
 // RemoveRelay implements Store.
-func (s *SQLite) RemoveRelay(ctx context.Context, by string, key identity.NodePublic, now time.Time) error {
-	return s.tx(ctx, "remove relay "+key.Short(), func(tx *sql.Tx) error {
+func (s *database) RemoveRelay(ctx context.Context, by string, key identity.NodePublic, now time.Time) error {
+	return s.tx(ctx, "remove relay "+key.Short(), func(ctx context.Context, tx *sql.Tx) error {
 		var region int
-		err := tx.QueryRowContext(ctx, `DELETE FROM relays WHERE node_key = ? RETURNING region_id`, keyBytes(key)).Scan(&region)
+		err := tx.QueryRowContext(ctx, `DELETE FROM relays WHERE node_key = $1 RETURNING region_id`, keyBytes(key)).Scan(&region)
 		if err != nil {
 			return err
 		}

@@ -5,13 +5,13 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
-	"time"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
@@ -20,9 +20,9 @@ import (
 // SQLite is a Store in one file. It has the file for itself: a second process
 // that opens it gets ErrLocked.
 type SQLite struct {
-	db   *sql.DB
+	database
 	path string
-	lock *os.File
+	lock io.Closer
 
 	closeOnce sync.Once
 	closeErr  error
@@ -37,7 +37,7 @@ var _ Store = (*SQLite)(nil)
 func OpenSQLite(ctx context.Context, path string) (_ *SQLite, err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("open store %q: %w", path, classify(err))
+			err = fmt.Errorf("open store %q: %w", path, classifySQLite(err))
 		}
 	}()
 	if path == "" || strings.ContainsRune(path, 0) {
@@ -50,11 +50,15 @@ func OpenSQLite(ctx context.Context, path string) (_ *SQLite, err error) {
 	if err := prepareFile(abs); err != nil {
 		return nil, err
 	}
-	lock, err := lockFile(abs + ".lock")
+	lock, err := Lock(abs + ".lock")
 	if err != nil {
 		return nil, err
 	}
 	s := &SQLite{path: abs, lock: lock}
+	s.dialect = dialect{
+		lastNode: `SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'nodes'), 0)`,
+		classify: classifySQLite,
+	}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -132,34 +136,13 @@ func (s *SQLite) Close() error {
 	return s.closeErr
 }
 
-// tx runs f in a transaction that is committed if f returns nil.
-func (s *SQLite) tx(ctx context.Context, what string, f func(*sql.Tx) error) error {
-	err := func() error {
-		tx, err := s.db.BeginTx(ctx, nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback()
-		if err := f(tx); err != nil {
-			return err
-		}
-		return tx.Commit()
-	}()
-	if err != nil {
-		return fmt.Errorf("%s: %w", what, classify(err))
-	}
-	return nil
-}
-
-// classify adds the error of this package that an error of SQLite or of the
-// file system stands for.
-func classify(err error) error {
+// classifySQLite adds the error of this package that an error of SQLite or of
+// the file system stands for.
+func classifySQLite(err error) error {
 	var se *sqlite.Error
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, sql.ErrNoRows):
-		return ErrNotFound
 	case errors.As(err, &se):
 		switch se.Code() & 0xff {
 		case sqlite3.SQLITE_CONSTRAINT:
@@ -179,20 +162,4 @@ func classify(err error) error {
 		return fmt.Errorf("%w: %w", ErrFull, err)
 	}
 	return err
-}
-
-// Times are stored as nanoseconds since 1970, the zero time as 0.
-
-func stamp(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixNano()
-}
-
-func unstamp(n int64) time.Time {
-	if n == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, n).UTC()
 }

@@ -2,8 +2,8 @@
 // keys, nodes, policies, relays and the record of who changed what. A write
 // that returned without error survives the death of the process.
 //
-// SQLite is the implementation; Store is what another database would have to
-// offer.
+// SQLite keeps it in a file, which one server has for itself; Postgres in a
+// PostgreSQL database, which several servers may use at once.
 package store
 
 import (
@@ -26,6 +26,9 @@ var (
 	ErrLocked   = errors.New("already in use") // another process has the store open
 	ErrCorrupt  = errors.New("damaged")        // the file is not a store, or broken
 	ErrNewer    = errors.New("written by a newer version of this program")
+	// ErrUnavailable says that the database cannot be reached. Nothing was
+	// changed, unless the connection broke in the moment of the commit.
+	ErrUnavailable = errors.New("database cannot be reached")
 )
 
 // User owns nodes and keys.

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,14 +18,15 @@ import (
 
 	"mesh/control/wire"
 	"mesh/identity"
+	"mesh/internal/pgserver/pgtest"
 )
 
 func TestMain(m *testing.M) {
-	if path := os.Getenv(childEnv); path != "" {
-		child(path)
+	if place := os.Getenv(childEnv); place != "" {
+		child(place)
 		return
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(pgtest.Runner{M: m})
 }
 
 var (
@@ -35,6 +37,40 @@ var (
 func open(t testing.TB, path string) *SQLite {
 	t.Helper()
 	s, err := OpenSQLite(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// onEach runs a test of what Store promises on each kind of store. The function
+// that it hands over opens a new store the first time, and then the same again.
+func onEach(t *testing.T, test func(*testing.T, func() Store)) {
+	t.Run("SQLite", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "sub", "mesh.db")
+		test(t, func() Store { return open(t, path) })
+	})
+	t.Run("PostgreSQL", func(t *testing.T) {
+		url := pgtest.Database(t)
+		test(t, func() Store { return openPostgres(t, url) })
+	})
+}
+
+// dbOf is the way around the store.
+func dbOf(s Store) *sql.DB {
+	switch s := s.(type) {
+	case *SQLite:
+		return s.db
+	case *Postgres:
+		return s.db
+	}
+	return nil
+}
+
+func openPostgres(t testing.TB, url string) *Postgres {
+	t.Helper()
+	s, err := OpenPostgres(ctx, url)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +103,7 @@ func testNode(i int) Node {
 	}
 }
 
-func newKey(t testing.TB, s *SQLite, k Key) (Key, string) {
+func newKey(t testing.TB, s Store, k Key) (Key, string) {
 	t.Helper()
 	if k.Kind == "" {
 		k.Kind = KeyNode
@@ -80,9 +116,10 @@ func newKey(t testing.TB, s *SQLite, k Key) (Key, string) {
 	return k, text
 }
 
-func TestEverythingSurvivesReopening(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "sub", "mesh.db")
-	s := open(t, path)
+func TestEverythingSurvivesReopening(t *testing.T) { onEach(t, testEverythingSurvivesReopening) }
+
+func testEverythingSurvivesReopening(t *testing.T, open func() Store) {
+	s := open()
 	u := must[User](t)(s.CreateUser(ctx, "socket", "alice@example.com", start))
 	if u.Role != RoleOwner {
 		t.Errorf("first user is %q, want owner", u.Role)
@@ -110,7 +147,7 @@ func TestEverythingSurvivesReopening(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	s = open(t, path)
+	s = open()
 	if got := must[identity.MachinePrivate](t)(s.ServerKey(ctx)); !got.Equal(serverKey) {
 		t.Error("server key changed")
 	}
@@ -144,8 +181,10 @@ func TestEverythingSurvivesReopening(t *testing.T) {
 	}
 }
 
-func TestKeyErrors(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestKeyErrors(t *testing.T) { onEach(t, testKeyErrors) }
+
+func testKeyErrors(t *testing.T, open func() Store) {
+	s := open()
 	_, fresh := newKey(t, s, Key{})
 	_, expired := newKey(t, s, Key{Expires: start.Add(-time.Second)})
 	rk, revoked := newKey(t, s, Key{})
@@ -208,8 +247,10 @@ func TestKeyErrors(t *testing.T) {
 	}
 }
 
-func TestOneTimeKeyUnderConcurrency(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestOneTimeKeyUnderConcurrency(t *testing.T) { onEach(t, testOneTimeKeyUnderConcurrency) }
+
+func testOneTimeKeyUnderConcurrency(t *testing.T, open func() Store) {
+	s := open()
 	for round := range 5 {
 		_, text := newKey(t, s, Key{})
 		var wg sync.WaitGroup
@@ -238,8 +279,10 @@ func TestOneTimeKeyUnderConcurrency(t *testing.T) {
 	}
 }
 
-func TestConflictUsesNothingUp(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestConflictUsesNothingUp(t *testing.T) { onEach(t, testConflictUsesNothingUp) }
+
+func testConflictUsesNothingUp(t *testing.T, open func() Store) {
+	s := open()
 	_, a := newKey(t, s, Key{})
 	_, b := newKey(t, s, Key{})
 	first := must[Node](t)(s.RegisterNode(ctx, a, testNode(1), start))
@@ -261,8 +304,10 @@ func TestConflictUsesNothingUp(t *testing.T) {
 	}
 }
 
-func TestNodeIDsAreNeverReused(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestNodeIDsAreNeverReused(t *testing.T) { onEach(t, testNodeIDsAreNeverReused) }
+
+func testNodeIDsAreNeverReused(t *testing.T, open func() Store) {
+	s := open()
 	_, text := newKey(t, s, Key{Reusable: true})
 	var last wire.NodeID
 	for i := range 5 {
@@ -281,8 +326,10 @@ func TestNodeIDsAreNeverReused(t *testing.T) {
 }
 
 // A node that makes itself new keys for ever does not fill the store.
-func TestManyRotations(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestManyRotations(t *testing.T) { onEach(t, testManyRotations) }
+
+func testManyRotations(t *testing.T, open func() Store) {
+	s := open()
 	_, text := newKey(t, s, Key{})
 	n := must[Node](t)(s.RegisterNode(ctx, text, testNode(1), start))
 	old := []identity.NodePublic{n.Key}
@@ -303,8 +350,10 @@ func TestManyRotations(t *testing.T) {
 
 // What a node may do about its key's expiry ends with its auth key, and with an
 // expiry that an administrator chose.
-func TestKeyLife(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestKeyLife(t *testing.T) { onEach(t, testKeyLife) }
+
+func testKeyLife(t *testing.T, open func() Store) {
+	s := open()
 	k, text := newKey(t, s, Key{Reusable: true})
 	life := func(i int) time.Duration { return must[[]Node](t)(s.Nodes(ctx))[i].KeyLife }
 	var ids []wire.NodeID
@@ -336,8 +385,10 @@ func TestKeyLife(t *testing.T) {
 	}
 }
 
-func TestDeadKeys(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestDeadKeys(t *testing.T) { onEach(t, testDeadKeys) }
+
+func testDeadKeys(t *testing.T, open func() Store) {
+	s := open()
 	k, text := newKey(t, s, Key{Reusable: true})
 	n := must[Node](t)(s.RegisterNode(ctx, text, testNode(1), start))
 	if _, err := s.DeadKey(ctx, n.Key); !errors.Is(err, ErrNotFound) {
@@ -383,8 +434,10 @@ func TestDeadKeys(t *testing.T) {
 	}
 }
 
-func TestUsersAndPolicies(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestUsersAndPolicies(t *testing.T) { onEach(t, testUsersAndPolicies) }
+
+func testUsersAndPolicies(t *testing.T, open func() Store) {
+	s := open()
 	u := must[User](t)(s.CreateUser(ctx, "socket", "alice", start))
 	if _, err := s.CreateUser(ctx, "socket", "ALICE", start); !errors.Is(err, ErrConflict) {
 		t.Errorf("same name: %v, want ErrConflict", err)
@@ -422,8 +475,10 @@ func TestUsersAndPolicies(t *testing.T) {
 	}
 }
 
-func TestRelayConflict(t *testing.T) {
-	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+func TestRelayConflict(t *testing.T) { onEach(t, testRelayConflict) }
+
+func testRelayConflict(t *testing.T, open func() Store) {
+	s := open()
 	k1, _ := newKey(t, s, Key{Kind: KeyRelay, Reusable: true})
 	k2, _ := newKey(t, s, Key{Kind: KeyRelay, Reusable: true})
 	put := func(key identity.NodePublic, id int, k Key) error {

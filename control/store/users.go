@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -14,9 +15,9 @@ import (
 )
 
 // CreateUser implements Store.
-func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time) (User, error) {
+func (s *database) CreateUser(ctx context.Context, by, name string, now time.Time) (User, error) {
 	u := User{Name: name, Role: RoleMember, Created: now}
-	err := s.tx(ctx, fmt.Sprintf("create user %q", name), func(tx *sql.Tx) error {
+	err := s.tx(ctx, fmt.Sprintf("create user %q", name), func(ctx context.Context, tx *sql.Tx) error {
 		var n int
 		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM users`).Scan(&n); err != nil {
 			return err
@@ -24,11 +25,7 @@ func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time)
 		if n == 0 {
 			u.Role = RoleOwner
 		}
-		r, err := tx.ExecContext(ctx, `INSERT INTO users (name, role, created) VALUES (?,?,?)`, u.Name, u.Role, stamp(now))
-		if err != nil {
-			return err
-		}
-		id, err := r.LastInsertId()
+		id, err := insert(ctx, tx, `INSERT INTO users (name, role, created) VALUES ($1,$2,$3)`, u.Name, u.Role, stamp(now))
 		if err != nil {
 			return err
 		}
@@ -42,7 +39,7 @@ func (s *SQLite) CreateUser(ctx context.Context, by, name string, now time.Time)
 }
 
 // Users implements Store.
-func (s *SQLite) Users(ctx context.Context) ([]User, error) {
+func (s *database) Users(ctx context.Context) ([]User, error) {
 	return query(ctx, s, "list users", `SELECT `+userColumns+` FROM users ORDER BY id`, func(r *sql.Rows) (User, error) {
 		return scanUser(r.Scan)
 	})
@@ -58,9 +55,9 @@ func scanUser(scan func(...any) error) (u User, err error) {
 }
 
 // SuspendUser implements Store.
-func (s *SQLite) SuspendUser(ctx context.Context, by string, id wire.UserID, suspended bool, now time.Time) (u User, err error) {
-	err = s.tx(ctx, fmt.Sprintf("suspend user %d", id), func(tx *sql.Tx) error {
-		u, err = scanUser(tx.QueryRowContext(ctx, `SELECT `+userColumns+` FROM users WHERE id = ?`, id).Scan)
+func (s *database) SuspendUser(ctx context.Context, by string, id wire.UserID, suspended bool, now time.Time) (u User, err error) {
+	err = s.tx(ctx, fmt.Sprintf("suspend user %d", id), func(ctx context.Context, tx *sql.Tx) error {
+		u, err = scanUser(tx.QueryRowContext(ctx, `SELECT `+userColumns+` FROM users WHERE id = $1`, id).Scan)
 		if err != nil || suspended == !u.Suspended.IsZero() {
 			return err
 		}
@@ -70,7 +67,7 @@ func (s *SQLite) SuspendUser(ctx context.Context, by string, id wire.UserID, sus
 			action, before, after = "user.suspend", "active", "suspended"
 			u.Suspended = now
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE users SET suspended = ? WHERE id = ?`, stamp(u.Suspended), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE users SET suspended = $1 WHERE id = $2`, stamp(u.Suspended), id); err != nil {
 			return err
 		}
 		return noteChange(ctx, tx, now, by, action, u.Name, before, after)
@@ -79,20 +76,20 @@ func (s *SQLite) SuspendUser(ctx context.Context, by string, id wire.UserID, sus
 }
 
 // RemoveUser implements Store.
-func (s *SQLite) RemoveUser(ctx context.Context, by string, id wire.UserID, now time.Time) error {
-	return s.tx(ctx, fmt.Sprintf("remove user %d", id), func(tx *sql.Tx) error {
+func (s *database) RemoveUser(ctx context.Context, by string, id wire.UserID, now time.Time) error {
+	return s.tx(ctx, fmt.Sprintf("remove user %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		var name string
-		if err := tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = ?`, id).Scan(&name); err != nil {
+		if err := tx.QueryRowContext(ctx, `SELECT name FROM users WHERE id = $1`, id).Scan(&name); err != nil {
 			return err
 		}
 		var nodes int
-		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM nodes WHERE user_id = ?`, id).Scan(&nodes); err != nil {
+		if err := tx.QueryRowContext(ctx, `SELECT count(*) FROM nodes WHERE user_id = $1`, id).Scan(&nodes); err != nil {
 			return err
 		}
 		if nodes > 0 {
 			return fmt.Errorf("%w: user %q still has %d nodes; remove them first", ErrConflict, name, nodes)
 		}
-		if _, err := tx.ExecContext(ctx, `DELETE FROM users WHERE id = ?`, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `DELETE FROM users WHERE id = $1`, id); err != nil {
 			return err
 		}
 		return note(ctx, tx, now, by, "user.remove", name, "")
@@ -100,7 +97,7 @@ func (s *SQLite) RemoveUser(ctx context.Context, by string, id wire.UserID, now 
 }
 
 // CreateKey implements Store.
-func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, error) {
+func (s *database) CreateKey(ctx context.Context, by string, k Key) (Key, string, error) {
 	secret, hash, err := newSecret()
 	if err != nil {
 		return Key{}, "", fmt.Errorf("create key: %w", err)
@@ -113,13 +110,11 @@ func (s *SQLite) CreateKey(ctx context.Context, by string, k Key) (Key, string, 
 	if err != nil {
 		return Key{}, "", err
 	}
-	err = s.tx(ctx, "create key", func(tx *sql.Tx) error {
-		r, err := tx.ExecContext(ctx, `INSERT INTO keys (kind, hash, user_id, tags, reusable, ephemeral, created, expires, node_expiry) VALUES (?,?,?,?,?,?,?,?,?)`,
-			string(k.Kind), hash, nullID(k.User), tags, k.Reusable, k.Ephemeral, stamp(k.Created), stamp(k.Expires), int64(k.NodeExpiry))
+	err = s.tx(ctx, "create key", func(ctx context.Context, tx *sql.Tx) error {
+		var err error
+		k.ID, err = insert(ctx, tx, `INSERT INTO keys (kind, hash, user_id, tags, reusable, ephemeral, created, expires, node_expiry) VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9)`,
+			string(k.Kind), hash, nullID(k.User), tags, flag(k.Reusable), flag(k.Ephemeral), stamp(k.Created), stamp(k.Expires), int64(k.NodeExpiry))
 		if err != nil {
-			return err
-		}
-		if k.ID, err = r.LastInsertId(); err != nil {
 			return err
 		}
 		about, err := keyAbout(ctx, tx, k)
@@ -149,7 +144,7 @@ func scanKey(scan func(...any) error, more ...any) (k Key, err error) {
 }
 
 // Keys implements Store.
-func (s *SQLite) Keys(ctx context.Context) ([]Key, error) {
+func (s *database) Keys(ctx context.Context) ([]Key, error) {
 	return query(ctx, s, "list keys", `SELECT `+keyColumns+` FROM keys ORDER BY id`, func(r *sql.Rows) (Key, error) {
 		return scanKey(r.Scan)
 	})
@@ -178,17 +173,17 @@ func keyAbout(ctx context.Context, tx *sql.Tx, k Key) (string, error) {
 }
 
 // RevokeKey implements Store.
-func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Time) (k Key, err error) {
-	err = s.tx(ctx, fmt.Sprintf("revoke key %d", id), func(tx *sql.Tx) error {
-		k, err = scanKey(tx.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM keys WHERE id = ?`, id).Scan)
+func (s *database) RevokeKey(ctx context.Context, by string, id int64, now time.Time) (k Key, err error) {
+	err = s.tx(ctx, fmt.Sprintf("revoke key %d", id), func(ctx context.Context, tx *sql.Tx) error {
+		k, err = scanKey(tx.QueryRowContext(ctx, `SELECT `+keyColumns+` FROM keys WHERE id = $1`, id).Scan)
 		if err != nil || !k.Revoked.IsZero() {
 			return err
 		}
 		k.Revoked = now
-		if _, err := tx.ExecContext(ctx, `UPDATE keys SET revoked = ? WHERE id = ?`, stamp(now), id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE keys SET revoked = $1 WHERE id = $2`, stamp(now), id); err != nil {
 			return err
 		}
-		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET key_life = 0 WHERE auth_key = ?`, id); err != nil {
+		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET key_life = 0 WHERE auth_key = $1`, id); err != nil {
 			return err
 		}
 		about, err := keyAbout(ctx, tx, k)
@@ -201,8 +196,20 @@ func (s *SQLite) RevokeKey(ctx context.Context, by string, id int64, now time.Ti
 }
 
 // VerifyKey implements Store.
-func (s *SQLite) VerifyKey(ctx context.Context, kind KeyKind, text string, now time.Time) (Key, error) {
-	return verifyKey(ctx, s.db, kind, text, now)
+func (s *database) VerifyKey(ctx context.Context, kind KeyKind, text string, now time.Time) (Key, error) {
+	var k Key
+	var refusal error
+	err := s.read(ctx, "look up key", func(ctx context.Context) (err error) {
+		k, err = verifyKey(ctx, s.db, kind, text, now)
+		if wire.CodeOf(err) != "" {
+			refusal, err = err, nil // as it is: nothing around it may tell more
+		}
+		return err
+	})
+	if err != nil {
+		return Key{}, err
+	}
+	return k, refusal
 }
 
 type rowQuerier interface {
@@ -215,12 +222,12 @@ func verifyKey(ctx context.Context, q rowQuerier, kind KeyKind, text string, now
 		return Key{}, errUnknownKey(kind)
 	}
 	var stored []byte
-	k, err := scanKey(q.QueryRowContext(ctx, `SELECT `+keyColumns+`, hash FROM keys WHERE id = ? AND kind = ?`, id, string(kind)).Scan, &stored)
+	k, err := scanKey(q.QueryRowContext(ctx, `SELECT `+keyColumns+`, hash FROM keys WHERE id = $1 AND kind = $2`, id, string(kind)).Scan, &stored)
 	if err != nil {
-		if err = classify(err); err == ErrNotFound {
-			return Key{}, errUnknownKey(kind)
+		if errors.Is(err, sql.ErrNoRows) {
+			err = errUnknownKey(kind)
 		}
-		return Key{}, fmt.Errorf("look up key: %w", err)
+		return Key{}, err
 	}
 	if !sameHash(hash[:], stored) {
 		return Key{}, errUnknownKey(kind)
@@ -252,27 +259,4 @@ func decode(text string, v any) error {
 		return fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return nil
-}
-
-// query collects the rows of a SELECT.
-func query[T any](ctx context.Context, s *SQLite, what, text string, scan func(*sql.Rows) (T, error), args ...any) ([]T, error) {
-	out, err := func() (out []T, err error) {
-		rows, err := s.db.QueryContext(ctx, text, args...)
-		if err != nil {
-			return nil, err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			v, err := scan(rows)
-			if err != nil {
-				return nil, err
-			}
-			out = append(out, v)
-		}
-		return out, rows.Err()
-	}()
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, classify(err))
-	}
-	return out, nil
 }

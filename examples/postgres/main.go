@@ -26,6 +26,7 @@ import (
 	"mesh"
 	"mesh/control/admin"
 	"mesh/control/host"
+	"mesh/internal/pgserver"
 )
 
 const policy = `{
@@ -55,7 +56,7 @@ func main() {
 }
 
 func run(ctx context.Context) error {
-	bin, err := findServer()
+	bin, err := pgserver.Find()
 	if err != nil {
 		return err
 	}
@@ -65,12 +66,12 @@ func run(ctx context.Context) error {
 	}
 	defer os.RemoveAll(dir)
 
-	pg, err := startServer(ctx, bin, filepath.Join(dir, "pg"))
+	pg, err := pgserver.Start(ctx, bin, filepath.Join(dir, "pg"))
 	if err != nil {
 		return err
 	}
-	defer pg.stop()
-	say("server", "%s, on a unix socket only", pg.version)
+	defer pg.Stop()
+	say("server", "%s, on a unix socket only", pg.Version)
 
 	control, err := host.Start(host.Config{DataDir: filepath.Join(dir, "control"), Listen: "127.0.0.1:0", STUN: "127.0.0.1:0"})
 	if err != nil {
@@ -108,7 +109,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	door := open(l, pg.socket)
+	door := open(l, pg.Socket)
 	defer door.close()
 	// From here on nobody knows of the unix socket any more.
 

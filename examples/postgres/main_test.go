@@ -4,10 +4,12 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"mesh/internal/pgserver"
 )
 
 func TestRun(t *testing.T) {
-	if _, err := findServer(); err != nil {
+	if _, err := pgserver.Find(); err != nil {
 		t.Skip(err)
 	}
 	defer goleak.VerifyNone(t)

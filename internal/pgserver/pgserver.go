@@ -1,4 +1,6 @@
-package main
+// Package pgserver runs a PostgreSQL server of its own for a test or an example,
+// on a unix socket only, from the programs that are on the machine.
+package pgserver
 
 import (
 	"bufio"
@@ -6,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,8 +19,12 @@ import (
 	"time"
 )
 
-// findServer returns the directory of initdb and postgres.
-func findServer() (string, error) {
+// User is the database's superuser, whom Start makes.
+const User = "agent"
+
+// Find returns the directory of initdb and postgres, or an error that says how to
+// get them.
+func Find() (string, error) {
 	if path, err := exec.LookPath("initdb"); err == nil {
 		if path, err = filepath.EvalSymlinks(path); err == nil {
 			return filepath.Dir(path), nil
@@ -43,18 +50,24 @@ func findServer() (string, error) {
 	return filepath.Dir(newest), nil
 }
 
-// pgServer is a running PostgreSQL server.
-type pgServer struct {
-	version string
-	socket  string // path of its unix socket
-	cmd     *exec.Cmd
-	output  chan string   // its log; closed at its end
-	gone    chan struct{} // closed when all of the log was read
+// Server is a running PostgreSQL server.
+type Server struct {
+	Version string // "PostgreSQL 17.5 …"
+	Socket  string // path of its unix socket
+
+	dir string
+	bin string
+	cmd *exec.Cmd
+	// output is its log; closed at its end. gone is closed when all of that was
+	// read.
+	output chan string
+	gone   chan struct{}
 }
 
-// startServer makes a database in dir and serves it on a unix socket there.
-func startServer(ctx context.Context, bin, dir string) (_ *pgServer, err error) {
-	if err := os.Mkdir(dir, 0o700); err != nil {
+// Start makes a database server in dir, or goes on with the one that is there,
+// and serves it on a unix socket. Whoever can open that may do everything.
+func Start(ctx context.Context, bin, dir string) (_ *Server, err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
 	}
 	// PostgreSQL does not run as root, so root lends it another user.
@@ -63,20 +76,22 @@ func startServer(ctx context.Context, bin, dir string) (_ *pgServer, err error) 
 		return nil, err
 	}
 	data := filepath.Join(dir, "data")
-	initdb := exec.CommandContext(ctx, filepath.Join(bin, "initdb"),
-		"--pgdata="+data, "--username=agent", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
-	initdb.Dir, initdb.SysProcAttr = dir, attr
-	if out, err := initdb.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("initdb: %w: %s", err, strings.TrimSpace(string(out)))
+	if _, err := os.Stat(data); errors.Is(err, os.ErrNotExist) {
+		initdb := exec.CommandContext(ctx, filepath.Join(bin, "initdb"),
+			"--pgdata="+data, "--username="+User, "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync")
+		initdb.Dir, initdb.SysProcAttr = dir, attr
+		if out, err := initdb.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("initdb: %w: %s", err, strings.TrimSpace(string(out)))
+		}
 	}
-	p := &pgServer{socket: filepath.Join(dir, ".s.PGSQL.5432"), output: make(chan string, 64), gone: make(chan struct{})}
+	p := &Server{Socket: filepath.Join(dir, ".s.PGSQL.5432"), dir: dir, bin: bin, output: make(chan string, 64), gone: make(chan struct{})}
 	version := exec.CommandContext(ctx, filepath.Join(bin, "postgres"), "--version")
 	version.Dir, version.SysProcAttr = dir, attr
 	out, err := version.Output()
 	if err != nil {
 		return nil, fmt.Errorf("postgres: %w", err)
 	}
-	p.version = strings.TrimSpace(strings.Replace(string(out), "postgres (PostgreSQL)", "PostgreSQL", 1))
+	p.Version = strings.TrimSpace(strings.Replace(string(out), "postgres (PostgreSQL)", "PostgreSQL", 1))
 	p.cmd = exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-p", "5432",
 		"-c", "listen_addresses=", // no TCP: the mesh is the only way in
 		"-c", "unix_socket_directories="+dir,
@@ -116,7 +131,7 @@ func startServer(ctx context.Context, bin, dir string) (_ *pgServer, err error) 
 	}
 }
 
-func (p *pgServer) read(log io.Reader) {
+func (p *Server) read(log io.Reader) {
 	defer close(p.output)
 	lines := bufio.NewScanner(log)
 	for lines.Scan() {
@@ -125,8 +140,8 @@ func (p *pgServer) read(log io.Reader) {
 	io.Copy(io.Discard, log) // a line that is too long must not hold it up
 }
 
-// stop ends the server and waits for it.
-func (p *pgServer) stop() {
+// Stop ends the server and waits for it.
+func (p *Server) Stop() {
 	// SIGINT: do not wait for clients. Where there is no such signal, kill.
 	if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
 		p.cmd.Process.Kill()
@@ -135,4 +150,28 @@ func (p *pgServer) stop() {
 	defer kill.Stop()
 	<-p.gone
 	p.cmd.Wait()
+}
+
+// URL names a database of the server, such as "postgres".
+func (p *Server) URL(database string) string {
+	return "postgres:///" + database + "?" + url.Values{"host": {p.dir}, "user": {User}, "sslmode": {"disable"}}.Encode()
+}
+
+// Create makes an empty database.
+func (p *Server) Create(ctx context.Context, database string) error {
+	createdb := exec.CommandContext(ctx, filepath.Join(p.bin, "createdb"), "--host="+p.dir, "--username="+User, database)
+	if out, err := createdb.CombinedOutput(); err != nil {
+		return fmt.Errorf("createdb: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// Restart starts the server again, after Stop, with the data it had.
+func (p *Server) Restart(ctx context.Context) error {
+	q, err := Start(ctx, p.bin, p.dir)
+	if err != nil {
+		return err
+	}
+	*p = *q
+	return nil
 }

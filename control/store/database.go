@@ -1,0 +1,139 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// database is the Store in any SQL database. All statements are written in
+// what SQLite and PostgreSQL have in common, with numbered parameters, and
+// booleans as integers; the little that differs is in the dialect.
+//
+// Writers are one at a time, in SQLite by its nature and in PostgreSQL by a lock
+// of the whole database that each takes first. So what a transaction has read
+// stays true until it is committed, and changes are committed in the order of
+// their numbers.
+type database struct {
+	db      *sql.DB
+	dialect dialect
+	gate    gate
+}
+
+// dialect is what differs between databases.
+type dialect struct {
+	lastNode string                               // query of the highest node ID ever given out
+	begin    func(context.Context, *sql.Tx) error // makes a transaction the only writer; nil = it is
+	classify func(error) error                    // adds the error of this package that one of the database stands for
+	limit    time.Duration                        // of one operation; 0 = none
+}
+
+// tx runs f in a transaction that is committed if f returns nil.
+func (s *database) tx(ctx context.Context, what string, f func(context.Context, *sql.Tx) error) error {
+	return s.do(ctx, what, func(ctx context.Context) error {
+		tx, err := s.db.BeginTx(ctx, nil)
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback()
+		if s.dialect.begin != nil {
+			if err := s.dialect.begin(ctx, tx); err != nil {
+				return err
+			}
+		}
+		if err := f(ctx, tx); err != nil {
+			return err
+		}
+		return tx.Commit()
+	})
+}
+
+// read runs f, which changes nothing.
+func (s *database) read(ctx context.Context, what string, f func(context.Context) error) error {
+	return s.do(ctx, what, f)
+}
+
+func (s *database) do(ctx context.Context, what string, f func(context.Context) error) error {
+	err := s.gate.check()
+	if err == nil {
+		if s.dialect.limit > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, s.dialect.limit)
+			defer cancel()
+		}
+		err = s.classify(f(ctx))
+		s.gate.note(err)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// classify adds the error of this package that an error of the database stands
+// for.
+func (s *database) classify(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, sql.ErrNoRows):
+		return ErrNotFound
+	}
+	return s.dialect.classify(err)
+}
+
+// query collects the rows of a SELECT.
+func query[T any](ctx context.Context, s *database, what, text string, scan func(*sql.Rows) (T, error), args ...any) (out []T, err error) {
+	err = s.read(ctx, what, func(ctx context.Context) error {
+		out = nil
+		rows, err := s.db.QueryContext(ctx, text, args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			v, err := scan(rows)
+			if err != nil {
+				return err
+			}
+			out = append(out, v)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// insert runs an INSERT and returns the ID of the new row.
+func insert(ctx context.Context, tx *sql.Tx, text string, args ...any) (id int64, err error) {
+	err = tx.QueryRowContext(ctx, text+` RETURNING id`, args...).Scan(&id)
+	return id, err
+}
+
+// flag is a boolean as it is stored.
+func flag(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// Times are stored as nanoseconds since 1970, the zero time as 0.
+
+func stamp(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func unstamp(n int64) time.Time {
+	if n == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, n).UTC()
+}
