@@ -27,7 +27,8 @@ type Conn struct {
 
 	readMu sync.Mutex // serialises Read; guards the fields below
 	dst    tcpip.SliceWriter
-	eof    bool // Read saw the end of the stream
+	window window // but for extra, which mu guards
+	eof    bool   // Read saw the end of the stream
 
 	writeMu sync.Mutex // serialises Write; guards src
 	src     bytes.Reader
@@ -94,7 +95,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 		c.dst = nil
 		switch terr.(type) {
 		case nil:
-			c.ep.ModerateRecvBuf(res.Count)
+			c.widen(res.Count)
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:
 			c.waitFor(c.readable, by)
@@ -227,6 +228,7 @@ func (c *Conn) Close() error {
 	if !aborted {
 		close(c.done)
 	}
+	c.s.spare.Add(c.window.extra)
 	c.mu.Unlock()
 	c.readBy.set(time.Time{})
 	c.writeBy.set(time.Time{})

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -56,6 +57,7 @@ type Stack struct {
 	closing chan struct{}  // closed when Close begins
 	down    chan struct{}  // closed when Close is done
 	wg      sync.WaitGroup // listeners' goroutines and dials under way
+	spare   atomic.Int64   // what is left of spareWindow
 
 	addrMu sync.Mutex // serialises SetAddrs
 
@@ -102,6 +104,7 @@ func New(c Config) (*Stack, error) {
 		flows:     make(map[Flow]*UDPConn),
 		packets:   make(map[*PacketConn]struct{}),
 	}
+	s.spare.Store(spareWindow)
 	if err := st.CreateNIC(nicID, s.link); err != nil {
 		st.Destroy()
 		return nil, fmt.Errorf("netstack: create interface: %v", err)

@@ -1,0 +1,69 @@
+package netstack
+
+import (
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+)
+
+// spareWindow is by how many bytes the receive buffers of all connections of a
+// stack together may exceed what each begins with. Half of a buffer is window:
+// what the peers may have under way goes through one UDP socket, and when many
+// windows are larger than its buffer, trains are lost.
+const spareWindow = 8 << 20
+
+// window sizes the receive buffer of one connection. gVisor would do it too, but
+// for it a packet that waits in a queue is one that is still on its way: it would
+// give every fast connection the largest window there is, only to have more
+// wait, until the socket in front of the stack overflows.
+type window struct {
+	read  int       // bytes read since
+	since time.Time // when the last window was full; zero at first
+	extra int64     // taken from spare
+}
+
+// widen takes note of n bytes that were read. A connection that reads a whole
+// window within little more than a round trip waits for its window, and gets
+// one twice as large. The round trip is that of the handshake, or what answers to
+// our own data tell. The caller holds readMu.
+func (c *Conn) widen(n int) {
+	w := &c.window
+	w.read += n
+	size := c.ep.SocketOptions().GetReceiveBufferSize()
+	if int64(w.read) < size/2 {
+		return
+	}
+	now := time.Now()
+	took := now.Sub(w.since)
+	first := w.since.IsZero()
+	w.read, w.since = 0, now
+	if first || size >= maxBuffer {
+		return
+	}
+	var info tcpip.TCPInfoOption
+	if c.ep.GetSockOpt(&info) != nil || took > info.RTT*3/2 {
+		return
+	}
+	c.mu.Lock()
+	more := int64(0)
+	if !c.closed {
+		more = takeUpTo(&c.s.spare, min(size, maxBuffer-size))
+		w.extra += more
+	}
+	c.mu.Unlock()
+	if more > 0 {
+		c.ep.SocketOptions().SetReceiveBufferSize(size+more, true)
+	}
+}
+
+// takeUpTo takes n, or what there is, from a store.
+func takeUpTo(store *atomic.Int64, n int64) int64 {
+	for {
+		have := store.Load()
+		n = max(0, min(n, have))
+		if n == 0 || store.CompareAndSwap(have, have-n) {
+			return n
+		}
+	}
+}

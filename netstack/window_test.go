@@ -1,0 +1,111 @@
+package netstack
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// far makes packets from a to b take a while.
+func far(t *testing.T, w *wire, b *Stack, delay time.Duration) {
+	type batch struct {
+		packets [][]byte
+		due     time.Time
+	}
+	under := make(chan batch, 1<<16)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for next := range under {
+			<-time.After(time.Until(next.due))
+			b.In(next.packets)
+		}
+	}()
+	w.setFilter(func(toB bool, packets [][]byte) [][]byte {
+		if !toB {
+			return packets
+		}
+		next := batch{due: time.Now().Add(delay)}
+		for _, p := range packets {
+			next.packets = append(next.packets, bytes.Clone(p))
+		}
+		under <- next
+		return nil
+	})
+	t.Cleanup(func() {
+		w.setFilter(func(bool, [][]byte) [][]byte { return nil })
+		for _, s := range []*Stack{w.a.Load(), b} {
+			s.Close() // so that nothing comes any more
+		}
+		close(under)
+		<-ended
+	})
+}
+
+// A connection over a long way gets a larger window, from a store that all share
+// and to which it returns at the end.
+func TestWindowGrowsOverDistance(t *testing.T) {
+	a, b, w := newPair(t, Config{})
+	far(t, w, b, 40*time.Millisecond)
+	ca, cb := connect(t, a, b, b4)
+	grown := make(chan struct{})
+	sent := make(chan error, 1)
+	go func() {
+		buf := make([]byte, 1<<20)
+		for {
+			select {
+			case <-grown:
+				sent <- ca.CloseWrite()
+				return
+			default:
+			}
+			if _, err := ca.Write(buf); err != nil {
+				sent <- err
+				return
+			}
+		}
+	}()
+	buf := make([]byte, 256<<10)
+	for closed := false; ; {
+		_, err := cb.Read(buf)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !closed && cb.ep.SocketOptions().GetReceiveBufferSize() >= 4<<20 {
+			close(grown)
+			closed = true
+		}
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	if left := b.spare.Load(); left != spareWindow-cb.window.extra || left >= spareWindow {
+		t.Errorf("%d of the store are left beside the %d taken", left, cb.window.extra)
+	}
+	cb.Close()
+	if left := b.spare.Load(); left != spareWindow {
+		t.Errorf("%d of the store are left at the end", left)
+	}
+	if err := cb.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the second Close returns %v", err)
+	}
+	if left := b.spare.Load(); left != spareWindow {
+		t.Errorf("%d of the store are left after closing twice", left)
+	}
+}
+
+func TestTakeUpTo(t *testing.T) {
+	s := &Stack{}
+	s.spare.Store(10)
+	for i, want := range []int64{6, 4, 0} {
+		if got := takeUpTo(&s.spare, 6); got != want {
+			t.Errorf("%d: took %d, want %d", i, got, want)
+		}
+	}
+}
