@@ -37,12 +37,19 @@ type ClientConfig struct {
 	// Logger receives the end of the connection, at debug level; nil is silent.
 	Logger *zap.Logger
 
+	// MeshKey makes the client another relay of the region, see Watch; "" = a node.
+	MeshKey string
+	// RelayKey, if not zero, is the key that the relay must have. Nothing is
+	// shown to one with another key.
+	RelayKey identity.NodePublic
+
 	DialTimeout    time.Duration // for Dial; default DefaultDialTimeout
 	ConnectTimeout time.Duration // of that for TCP, to the relay or the proxy; default all of it
 	IdleTimeout    time.Duration // without any frame; default DefaultIdleTimeout
 	WriteTimeout   time.Duration // of one write; default DefaultWriteTimeout
 	QueuePackets   int           // packets waiting to go out; default 512
 	QueueBytes     int           // and their bytes; default 512 KiB
+	QueueDisco     int           // path discovery messages waiting to go out; default 32
 }
 
 func (cfg *ClientConfig) dialTimeout() time.Duration {
@@ -57,10 +64,11 @@ type Kind int
 
 // The kinds of messages that Recv returns.
 const (
-	KindPackets    Kind = iota + 1 // Peer, Packets
-	KindPeerGone                   // Peer, Reason
-	KindHealth                     // Text
-	KindRestarting                 // ReconnectIn, TryFor
+	KindPackets     Kind = iota + 1 // Peer, Packets
+	KindPeerGone                    // Peer, Reason
+	KindHealth                      // Text
+	KindRestarting                  // ReconnectIn, TryFor
+	KindPeerPresent                 // Peer, Flags; after Watch
 )
 
 // Message is what a relay sent.
@@ -72,6 +80,7 @@ type Message struct {
 	// until the next Recv and may be changed in place until then.
 	Packets [][]byte
 	Reason  PeerGoneReason
+	Flags   PresentFlags
 	// Text is a problem that the relay sees with this connection; empty means
 	// that there is none any more.
 	Text string
@@ -88,6 +97,7 @@ type Client struct {
 	target Target
 	conn   *Conn
 	relay  identity.NodePublic
+	mesh   bool // it is another relay
 	logger *zap.Logger
 	idle   time.Duration
 	// limiter is what the relay asked us to stay below; nil = no limit.
@@ -139,6 +149,7 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 	}
 	c := &Client{
 		target: cfg.Target,
+		mesh:   cfg.MeshKey != "",
 		logger: cfg.Logger,
 		idle:   cfg.IdleTimeout,
 		done:   make(chan struct{}),
@@ -147,6 +158,7 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 			WriteTimeout: cfg.WriteTimeout,
 			DataPackets:  cfg.QueuePackets,
 			DataBytes:    cfg.QueueBytes,
+			DiscoPackets: cfg.QueueDisco,
 			Fair:         true,
 		}),
 	}
@@ -165,7 +177,10 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 	if c.relay, err = ParseServerKey(f.Payload); err != nil {
 		return nil, err
 	}
-	info := ClientInfo{Version: Version, CanAckPings: true}
+	if !cfg.RelayKey.IsZero() && cfg.RelayKey != c.relay {
+		return nil, fmt.Errorf("%w: its key is %v, want %v", ErrRelayKey, c.relay.Short(), cfg.RelayKey.Short())
+	}
+	info := ClientInfo{Version: Version, CanAckPings: true, MeshKey: cfg.MeshKey}
 	if err := c.conn.WriteFrame(FrameClientInfo, SealClientInfo(cfg.Key, c.relay, info)); err != nil {
 		return nil, notAdmitted(err)
 	}
@@ -278,6 +293,15 @@ func (c *Client) handle(f Frame) (m Message, ok bool, err error) {
 			m.Reason = PeerGoneReason(rest[0])
 		}
 		return m, true, nil
+	case FramePeerPresent:
+		if !c.mesh {
+			break
+		}
+		key, flags, ok := ParsePeerPresent(f.Payload)
+		if !ok {
+			return m, false, short()
+		}
+		return Message{Kind: KindPeerPresent, Peer: key, Flags: flags}, true, nil
 	case FramePing:
 		if len(f.Payload) < PingLen || len(f.Payload) > MaxPing {
 			return m, false, short()
@@ -382,6 +406,18 @@ func (c *Client) enqueue(p Priority, dst identity.NodePublic, packets [][]byte) 
 			c.limited.Add(1)
 		}
 	}
+}
+
+// Watch asks a relay of the same region, at which the client logged in with a
+// mesh key, for the clients that are connected to it now and for those that
+// come and go: messages of KindPeerPresent and KindPeerGone.
+func (c *Client) Watch() { c.conn.EnqueueControl(FrameWatchConns, nil) }
+
+// Forward queues packets of src for dst, a client of the relay at which this
+// client logged in with a mesh key. It treats them as Send does; they must not
+// be longer than MaxPacket.
+func (c *Client) Forward(p Priority, src, dst identity.NodePublic, packets ...[]byte) {
+	c.conn.EnqueueForward(p, src, dst, packets...)
 }
 
 // Dropped returns how many packets were dropped on this side: because the

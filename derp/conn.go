@@ -18,7 +18,10 @@ type ConnConfig struct {
 	DataPackets  int           // queued packets that are not path discovery; default 512
 	DataBytes    int           // and their bytes; default 512 KiB, at least one packet of MaxPacket fits
 	DiscoPackets int           // queued path discovery messages; default 32
-	Fair         bool          // among the packets no key takes the place of others
+	// ControlFrames and ControlBytes bound frames of the connection's own
+	// business; default 4096 and 256 KiB.
+	ControlFrames, ControlBytes int
+	Fair                        bool // among the packets no key takes the place of others
 }
 
 const (
@@ -27,10 +30,11 @@ const (
 	defaultDiscoPackets = 32
 	// maxControl bounds queued frames of the connection's own business. A
 	// relay may have to tell one client of many peers that left at once.
-	maxControl      = 4096
-	maxControlBytes = 256 << 10
-	// maxDiscoBytes: genuine messages are smaller than 2 KiB.
-	maxDiscoBytes = 128 << 10
+	defaultControlFrames = 4096
+	defaultControlBytes  = 256 << 10
+	// discoBytes: genuine messages are smaller than 2 KiB. For more messages
+	// than defaultDiscoPackets it is more.
+	discoBytes = 128 << 10
 )
 
 // Conn frames a byte stream for either side of the protocol. Reading gives
@@ -83,33 +87,45 @@ func PacketPriority(packet []byte) Priority {
 // NewConn returns a Conn over nc, which it owns from now on. early holds bytes
 // that were already read from nc; it is copied.
 func NewConn(nc net.Conn, early []byte, cfg ConnConfig) *Conn {
-	if cfg.WriteTimeout <= 0 {
-		cfg.WriteTimeout = DefaultWriteTimeout
-	}
-	if cfg.DataPackets <= 0 {
-		cfg.DataPackets = defaultDataPackets
-	}
-	if cfg.DataBytes <= 0 {
-		cfg.DataBytes = defaultDataBytes
-	}
-	if cfg.DiscoPackets <= 0 {
-		cfg.DiscoPackets = defaultDiscoPackets
-	}
 	c := &Conn{
 		nc:   nc,
-		cfg:  cfg,
 		in:   newReader(nc, early),
 		out:  gatherUnder(nc),
 		wake: make(chan struct{}, 1),
 		done: make(chan struct{}),
 	}
-	c.queues[Control] = queue{maxFrames: maxControl, maxBytes: maxControlBytes}
-	c.queues[Disco] = queue{maxFrames: cfg.DiscoPackets, maxBytes: maxDiscoBytes}
-	c.queues[Data] = queue{maxFrames: cfg.DataPackets, maxBytes: max(cfg.DataBytes, FrameHeaderLen+MaxFrame)}
 	if cfg.Fair {
 		c.queues[Data].shares = make(map[[identity.KeyLen]byte]*keyShare)
 	}
+	c.SetLimits(cfg)
 	return c
+}
+
+// SetLimits replaces the limits that NewConn was given, but for Fair. It must
+// be called before WriteLoop.
+func (c *Conn) SetLimits(cfg ConnConfig) {
+	if cfg.WriteTimeout <= 0 {
+		cfg.WriteTimeout = DefaultWriteTimeout
+	}
+	num := func(n *int, def int) {
+		if *n <= 0 {
+			*n = def
+		}
+	}
+	num(&cfg.DataPackets, defaultDataPackets)
+	num(&cfg.DataBytes, defaultDataBytes)
+	num(&cfg.DiscoPackets, defaultDiscoPackets)
+	num(&cfg.ControlFrames, defaultControlFrames)
+	num(&cfg.ControlBytes, defaultControlBytes)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cfg = cfg
+	limit := func(p Priority, frames, bytes int) {
+		c.queues[p].maxFrames, c.queues[p].maxBytes = frames, bytes
+	}
+	limit(Control, cfg.ControlFrames, cfg.ControlBytes)
+	limit(Disco, cfg.DiscoPackets, discoBytes*max(1, cfg.DiscoPackets/defaultDiscoPackets))
+	limit(Data, cfg.DataPackets, max(cfg.DataBytes, FrameHeaderLen+2*identity.KeyLen+MaxPacket))
 }
 
 // ReadFrame returns the next frame, waiting for it if need be. The payload is
@@ -132,15 +148,19 @@ func (c *Conn) WriteFrame(t FrameType, payload ...[]byte) error {
 	return err
 }
 
-// EnqueueControl queues a frame of the protocol's own business.
-func (c *Conn) EnqueueControl(t FrameType, payload []byte) {
+// EnqueueControl queues a frame of the protocol's own business. It reports
+// whether something was dropped for it.
+func (c *Conn) EnqueueControl(t FrameType, payload []byte) (full bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return
+		return false
 	}
-	c.queues[Control].push(t, nil, payload)
+	q := &c.queues[Control]
+	before := q.dropped
+	q.push(t, nil, payload)
 	c.wakeLocked()
+	return q.dropped != before
 }
 
 // EnqueuePackets queues frames of type t (SendPacket or RecvPacket), each of
@@ -158,6 +178,24 @@ func (c *Conn) EnqueuePackets(p Priority, t FrameType, key identity.NodePublic, 
 	before := q.dropped
 	for _, b := range packets {
 		q.push(t, &raw, b)
+	}
+	c.wakeLocked()
+	return q.dropped != before
+}
+
+// EnqueueForward queues ForwardPacket frames as EnqueuePackets does: each of
+// the sender's and the receiver's key and one packet.
+func (c *Conn) EnqueueForward(p Priority, src, dst identity.NodePublic, packets ...[]byte) (full bool) {
+	from, to := src.Bytes(), dst.Bytes()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return false
+	}
+	q := &c.queues[p]
+	before := q.dropped
+	for _, b := range packets {
+		q.push(FrameForwardPacket, &from, to[:], b)
 	}
 	c.wakeLocked()
 	return q.dropped != before

@@ -23,6 +23,8 @@ var (
 	// ErrPin reports that a relay did not present the one certificate its
 	// address pins.
 	ErrPin = errors.New("certificate does not match the pin")
+	// ErrRelayKey reports a relay whose key is not ClientConfig.RelayKey.
+	ErrRelayKey = errors.New("not the relay that was expected")
 	// ErrProtocol reports a peer that broke the protocol.
 	ErrProtocol = errors.New("protocol violation")
 	// ErrFrameTooLarge reports a frame longer than the protocol allows.

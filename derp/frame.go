@@ -3,6 +3,7 @@ package derp
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 
 	"mesh/identity"
 )
@@ -20,10 +21,10 @@ const (
 	FrameKeepAlive     FrameType = 0x06 // relay to client: empty
 	FrameNotePreferred FrameType = 0x07 // client to relay: 1 byte, 1 = home
 	FramePeerGone      FrameType = 0x08 // relay to client: key, reason
-	FramePeerPresent   FrameType = 0x09 // relay to mesh peer
-	FrameForwardPacket FrameType = 0x0A // mesh peer to relay
-	FrameWatchConns    FrameType = 0x10 // mesh peer to relay
-	FrameClosePeer     FrameType = 0x11 // mesh peer to relay
+	FramePeerPresent   FrameType = 0x09 // relay to mesh peer: key, address (16), port (2), flags (1)
+	FrameForwardPacket FrameType = 0x0A // mesh peer to relay: source key, destination key, packet
+	FrameWatchConns    FrameType = 0x10 // mesh peer to relay: empty
+	FrameClosePeer     FrameType = 0x11 // mesh peer to relay: key
 	FramePing          FrameType = 0x12 // both ways: 8 bytes
 	FramePong          FrameType = 0x13 // both ways: the same 8 bytes
 	FrameHealth        FrameType = 0x14 // relay to client: text, empty = healthy
@@ -36,9 +37,11 @@ const (
 	FrameHeaderLen = 5
 	// MaxPacket is the longest packet that a relay passes on.
 	MaxPacket = 65536
-	// MaxFrame is the longest payload of a frame that this implementation
-	// knows; it is also the most it ever buffers of one.
+	// MaxFrame is the longest payload of a frame that a client sends or gets.
 	MaxFrame = identity.KeyLen + MaxPacket
+	// maxForward is that of a frame that relays send each other; it is also the
+	// most that is ever buffered of one.
+	maxForward = 2*identity.KeyLen + MaxPacket
 	// MaxUnknownFrame is the longest payload of a frame of an unknown type
 	// that is skipped; a longer one ends the connection.
 	MaxUnknownFrame = 1 << 20
@@ -80,7 +83,10 @@ func (t FrameType) known() bool {
 
 // maxLen returns the longest payload accepted for a frame of type t.
 func (t FrameType) maxLen() int {
-	if t.known() {
+	switch {
+	case t == FrameForwardPacket:
+		return maxForward
+	case t.known():
 		return MaxFrame
 	}
 	return MaxUnknownFrame
@@ -123,4 +129,41 @@ func SplitKey(payload []byte) (key identity.NodePublic, rest []byte, ok bool) {
 		return key, nil, false
 	}
 	return identity.NodePublicFrom([identity.KeyLen]byte(payload)), payload[identity.KeyLen:], true
+}
+
+// PresentFlags say what kind of connection a FramePeerPresent tells of.
+type PresentFlags byte
+
+// The flags on the wire.
+const (
+	PresentRegular PresentFlags = 1 << iota // of a node
+	PresentMesh                             // of another relay of the region
+	PresentProber                           // of something that measures
+)
+
+// PeerPresentPayload returns the payload of a FramePeerPresent for the client
+// key, which is connected from source.
+func PeerPresentPayload(key identity.NodePublic, source netip.Addr, flags PresentFlags) []byte {
+	raw := key.Bytes()
+	b := make([]byte, 0, identity.KeyLen+16+2+1)
+	b = append(b, raw[:]...)
+	var addr [16]byte
+	if source.IsValid() {
+		addr = source.As16()
+	}
+	b = append(b, addr[:]...)
+	return append(b, 0, 0, byte(flags)) // port
+}
+
+// ParsePeerPresent reads the payload of a FramePeerPresent. Old relays send the
+// key only, new ones more than is known here.
+func ParsePeerPresent(payload []byte) (key identity.NodePublic, flags PresentFlags, ok bool) {
+	key, rest, ok := SplitKey(payload)
+	if !ok || key.IsZero() {
+		return key, 0, false
+	}
+	if len(rest) < 16+2+1 {
+		return key, PresentRegular, true
+	}
+	return key, PresentFlags(rest[18]), true
 }

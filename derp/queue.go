@@ -117,11 +117,14 @@ func (q *queue) greedy(s *keyShare) bool {
 	return n > 1 && s.frames > 1 && (s.frames*n > q.maxFrames || s.bytes*n > q.maxBytes)
 }
 
-// push appends a frame of an optional key and a body. In a fair queue that is
+// push appends a frame of an optional key and a body in parts. In a fair queue that is
 // full, it drops the frame instead if its key has more than its part: one busy
 // peer does not push the packets of others out.
-func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body []byte) {
-	n := len(body)
+func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body ...[]byte) {
+	n := 0
+	for _, b := range body {
+		n += len(b)
+	}
 	if key != nil {
 		n += len(key)
 	}
@@ -152,7 +155,9 @@ func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body []byte) {
 	if key != nil {
 		k.b = append(k.b, key[:]...)
 	}
-	k.b = append(k.b, body...)
+	for _, b := range body {
+		k.b = append(k.b, b...)
+	}
 	k.frames++
 	q.frames++
 	q.bytes += need

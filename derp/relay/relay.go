@@ -4,8 +4,8 @@
 // A relay is dumb and safe. It knows keys and ciphertext only; it admits whom
 // Config.Admit admits and nobody else; every queue, table and wait is bounded;
 // and when a receiver is slow it drops packets instead of holding up others.
-// It stands alone in its region: relays that forward to each other are not
-// part of it, and a client that behaves like one is disconnected.
+// With the other relays of its region, which SetMesh names, it forwards: a
+// client of one reaches the clients of all.
 package relay
 
 import (
@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -121,6 +122,7 @@ type Server struct {
 	// policy counts calls of Recheck; an answer of Admit from before is stale.
 	policy  uint64
 	servers map[*http.Server]struct{}
+	mesh    mesh
 }
 
 // New returns a relay. It panics when cfg.Key is zero.
@@ -137,25 +139,63 @@ func New(cfg Config) *Server {
 		joining: make(map[*session]struct{}),
 		sources: make(map[netip.Addr]int),
 		servers: make(map[*http.Server]struct{}),
+		mesh:    newMesh(),
 	}
 }
 
 // Key returns the relay's public key.
 func (s *Server) Key() identity.NodePublic { return s.pub }
 
-// peer is a key with its connections. Its sessions are guarded by Server.mu.
+// peer is a key with its connections: those of this relay, and the other relays
+// of the region that have some. What is not atomic is guarded by Server.mu.
 type peer struct {
 	key      identity.NodePublic
-	sessions []*session // oldest first; never empty while in Server.peers
+	sessions []*session // oldest first
+	links    []*link    // to relays that have the key, the newest last
+	// away says that the newest connection is at another relay: the packets go
+	// there.
+	away bool
 	// active receives the packets for the key: the connection that sent last.
 	active atomic.Pointer[session]
-	// several says that there is more than one, so that senders keep active up to date.
+	// via is the way to the key when active is nil.
+	via atomic.Pointer[link]
+	// several says that there is more than one connection here, so that senders
+	// keep active up to date.
 	several atomic.Bool
 
 	mu sync.Mutex // guards receivers
 	// receivers are the keys that got a packet from this one and want to know
 	// when it leaves.
 	receivers map[identity.NodePublic]struct{}
+}
+
+// routeLocked brings active, via and several in line with sessions and links.
+func (p *peer) routeLocked() {
+	n, m := len(p.sessions), len(p.links)
+	p.away = m > 0 && (p.away || n == 0)
+	p.several.Store(n > 1 && !p.away)
+	if p.away {
+		p.via.Store(p.links[m-1])
+		p.active.Store(nil)
+		return
+	}
+	if a := p.active.Load(); n > 0 && (a == nil || !slices.Contains(p.sessions, a)) {
+		p.active.Store(p.sessions[n-1])
+	} else if n == 0 {
+		p.active.Store(nil)
+	}
+	p.via.Store(nil)
+}
+
+// healthLocked tells the connections of the key here whether there are more.
+func (p *peer) healthLocked() {
+	var text []byte
+	if len(p.sessions)+len(p.links) > 1 {
+		text = []byte(healthDuplicate)
+	}
+	for _, c := range p.sessions {
+		c.conn.EnqueueControl(derp.FrameHealth, text)
+	}
 }
 
 // maxReceivers bounds peer.receivers. Beyond it those who still are connected
@@ -193,14 +233,19 @@ func (s *Server) register(c *session, policy uint64) error {
 		return err
 	}
 	delete(s.joining, c)
-	p := s.peers[c.key]
-	if p == nil {
-		p = &peer{key: c.key}
-		s.peers[c.key] = p
+	if c.mesh {
+		former := s.joinMeshLocked(c)
+		s.mu.Unlock()
+		if former != nil {
+			former.end(errors.New("the relay connected again"))
+		}
+		return nil
 	}
+	p := s.peerLocked(c.key)
 	p.sessions = append(p.sessions, c)
-	p.several.Store(len(p.sessions) > 1)
+	p.away = false
 	p.active.Store(c)
+	p.routeLocked()
 	c.peer = p
 	s.clients++
 	s.sources[sourceGroup(c.source)]++
@@ -211,17 +256,26 @@ func (s *Server) register(c *session, policy uint64) error {
 	if len(p.sessions) > s.cfg.MaxPerKey {
 		oldest = p.sessions[0]
 	}
-	if len(p.sessions) > 1 {
-		for _, o := range p.sessions {
-			o.conn.EnqueueControl(derp.FrameHealth, []byte(healthDuplicate))
-		}
+	if len(p.sessions)+len(p.links) > 1 {
+		p.healthLocked()
 	}
+	s.announceLocked(derp.FramePeerPresent, derp.PeerPresentPayload(c.key, c.source, derp.PresentRegular))
 	s.mu.Unlock()
 	if oldest != nil {
 		oldest.end(errors.New("too many connections of one key"))
 		s.unregister(oldest)
 	}
 	return nil
+}
+
+// peerLocked finds or makes the peer with a key.
+func (s *Server) peerLocked(key identity.NodePublic) *peer {
+	p := s.peers[key]
+	if p == nil {
+		p = &peer{key: key}
+		s.peers[key] = p
+	}
+	return p
 }
 
 // errStale says that the answer of Admit was given before a Recheck.
@@ -235,6 +289,8 @@ func (s *Server) mayJoinLocked(c *session, policy uint64) error {
 		return errRevoked
 	case s.policy != policy:
 		return errStale
+	case c.mesh:
+		return s.mayMeshLocked(c)
 	case s.clients >= s.cfg.MaxClients:
 		return errors.New("too many clients")
 	case s.sources[sourceGroup(c.source)] >= s.cfg.MaxPerSource:
@@ -248,6 +304,11 @@ func (s *Server) mayJoinLocked(c *session, policy uint64) error {
 func (s *Server) unregister(c *session) {
 	s.mu.Lock()
 	delete(s.joining, c)
+	if c.mesh {
+		s.leaveMeshLocked(c)
+		s.mu.Unlock()
+		return
+	}
 	p := c.peer
 	if p == nil || !p.removeLocked(c) {
 		s.mu.Unlock()
@@ -260,30 +321,42 @@ func (s *Server) unregister(c *session) {
 	} else {
 		delete(s.sources, g)
 	}
-	if n := len(p.sessions); n > 0 {
-		p.several.Store(n > 1)
-		p.active.CompareAndSwap(c, p.sessions[n-1])
-		if n == 1 {
-			p.sessions[0].conn.EnqueueControl(derp.FrameHealth, nil)
-		}
-		s.mu.Unlock()
-		return
+	if len(p.sessions) == 0 {
+		raw := p.key.Bytes()
+		s.announceLocked(derp.FramePeerGone, append(raw[:], byte(derp.PeerDisconnected)))
 	}
-	p.active.Store(nil)
+	tell := s.shrunkLocked(p)
+	s.mu.Unlock()
+	tellGone(p.key, tell)
+}
+
+// shrunkLocked is called when one of a peer's connections or links was removed. It
+// returns those who have to be told that the peer is gone, if it is.
+func (s *Server) shrunkLocked(p *peer) (tell []*session) {
+	p.routeLocked()
+	if n := len(p.sessions) + len(p.links); n > 0 {
+		if n == 1 {
+			p.healthLocked()
+		}
+		return nil
+	}
 	delete(s.peers, p.key)
 	p.mu.Lock()
 	receivers := p.receivers
 	p.receivers = nil
 	p.mu.Unlock()
-	var tell []*session
 	for key := range receivers {
 		if r := s.peers[key]; r != nil {
 			tell = append(tell, r.sessions...)
 		}
 	}
-	s.mu.Unlock()
+	return tell
+}
+
+// tellGone tells clients that a peer is gone.
+func tellGone(key identity.NodePublic, tell []*session) {
 	for _, r := range tell {
-		r.peerGone(p.key, derp.PeerDisconnected)
+		r.peerGone(key, derp.PeerDisconnected)
 	}
 }
 
@@ -384,13 +457,15 @@ func (s *Server) admit(ctx context.Context, key identity.NodePublic, source neti
 	return ctx.Err() // an answer after the time-out does not count
 }
 
-// Connected returns the keys that are logged in, in no order.
+// Connected returns the keys that are logged in here, in no order.
 func (s *Server) Connected() []identity.NodePublic {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	keys := make([]identity.NodePublic, 0, len(s.peers))
-	for key := range s.peers {
-		keys = append(keys, key)
+	for key, p := range s.peers {
+		if len(p.sessions) > 0 {
+			keys = append(keys, key)
+		}
 	}
 	return keys
 }

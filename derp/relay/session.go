@@ -30,9 +30,15 @@ type session struct {
 
 	peer    *peer // set by Server.register; guarded by Server.mu until then
 	revoked bool  // guarded by Server.mu
+	probed  bool  // whether it is alive is being found out; guarded by Server.mu
 
-	home    atomic.Bool // the client calls this relay its home
-	ended   atomic.Bool // end was called: nothing is passed on any more
+	// mesh says that it is another relay, acksPings that it answers pings. Both
+	// are set before anyone else sees the session.
+	mesh, acksPings bool
+
+	pongs   atomic.Uint64 // answers to our pings
+	home    atomic.Bool   // the client calls this relay its home
+	ended   atomic.Bool   // end was called: nothing is passed on any more
 	endOnce sync.Once
 	cause   error // why; set by endOnce
 
@@ -44,6 +50,7 @@ type session struct {
 
 // run is a sequence of packets for one receiver, passed on under one lock.
 type run struct {
+	src      identity.NodePublic // of packets that another relay forwards
 	dst      identity.NodePublic
 	priority derp.Priority
 	packets  [][]byte
@@ -158,12 +165,21 @@ func (c *session) login(nc net.Conn) error {
 	if f.Type != derp.FrameClientInfo {
 		return fmt.Errorf("%w: frame type %#x before login", derp.ErrProtocol, byte(f.Type))
 	}
-	key, _, err := derp.OpenClientInfo(s.cfg.Key, f.Payload)
+	key, who, err := derp.OpenClientInfo(s.cfg.Key, f.Payload)
 	if err != nil {
 		return err
 	}
 	c.key = key
 	c.logger = c.logger.With(zap.String("node", key.Short()))
+	c.acksPings = who.CanAckPings
+	if who.MeshKey != "" {
+		if !s.isMesh(key, who.MeshKey) {
+			s.counters.refused.Add(1)
+			return errNoMesh
+		}
+		c.mesh, c.limiter, c.peer = true, nil, &peer{key: key}
+		c.conn.SetLimits(meshLimits(s.cfg.KeepAlive))
+	}
 
 	if err := c.join(ctx); err != nil {
 		return err
@@ -189,9 +205,12 @@ func (c *session) join(ctx context.Context) error {
 	policy := s.policy
 	s.mu.Unlock()
 	for {
-		if err := s.admit(ctx, c.key, c.source); err != nil {
-			s.counters.refused.Add(1)
-			return fmt.Errorf("not admitted: %w", err)
+		// A relay of the region has proven that it is one.
+		if !c.mesh {
+			if err := s.admit(ctx, c.key, c.source); err != nil {
+				s.counters.refused.Add(1)
+				return fmt.Errorf("not admitted: %w", err)
+			}
 		}
 		err := s.register(c, policy)
 		if !errors.Is(err, errStale) {
@@ -212,8 +231,8 @@ func (c *session) read() error {
 		}
 		if c.peer.several.Load() {
 			c.peer.active.Store(c) // the last one to send is the one in use
-			if c.ended.Load() {
-				c.yieldActive()
+			if c.ended.Load() || !c.peer.several.Load() {
+				c.srv.reroute(c.peer)
 			}
 		}
 		total := 0
@@ -239,16 +258,11 @@ func (c *session) read() error {
 	}
 }
 
-// yieldActive undoes an active.Store that came after unregister.
-func (c *session) yieldActive() {
-	c.srv.mu.Lock()
-	defer c.srv.mu.Unlock()
-	p := c.peer
-	if n := len(p.sessions); n > 0 {
-		p.active.CompareAndSwap(c, p.sessions[n-1])
-	} else {
-		p.active.CompareAndSwap(c, nil)
-	}
+// reroute undoes an active.Store that came after a change of the peer.
+func (s *Server) reroute(p *peer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.routeLocked()
 }
 
 // pause waits until the client may send on; TCP makes it wait as well.
@@ -280,7 +294,7 @@ func (c *session) handle(f derp.Frame) error {
 		if !ok {
 			return bad("too short")
 		}
-		c.collect(dst, packet)
+		c.collect(c.key, dst, packet)
 	case derp.FrameNotePreferred:
 		if len(f.Payload) != 1 {
 			return bad("wrong length")
@@ -291,26 +305,33 @@ func (c *session) handle(f derp.Frame) error {
 			return bad("wrong length")
 		}
 		c.conn.EnqueuePong([derp.PingLen]byte(f.Payload))
+	case derp.FramePong:
+		c.pongs.Add(1)
 	case derp.FrameForwardPacket, derp.FrameWatchConns, derp.FrameClosePeer:
-		return bad("client is no mesh peer")
+		if !c.mesh {
+			return bad("client is no mesh peer")
+		}
+		if !c.handleMesh(f) {
+			return bad("too short")
+		}
 	case derp.FrameServerKey, derp.FrameServerInfo, derp.FrameRecvPacket, derp.FramePeerGone,
 		derp.FramePeerPresent, derp.FrameHealth, derp.FrameRestarting:
 		return bad("only relays send this")
 	case derp.FrameClientInfo:
 		return bad("second login")
 	}
-	// Pongs, keep-alives and frames of a later version mean nothing here.
+	// Keep-alives and frames of a later version mean nothing here.
 	return nil
 }
 
 // collect adds a packet to the run, after passing on one that does not fit.
-func (c *session) collect(dst identity.NodePublic, packet []byte) {
+func (c *session) collect(src, dst identity.NodePublic, packet []byte) {
 	p := derp.PacketPriority(packet)
 	r := &c.run
-	if len(r.packets) > 0 && (r.dst != dst || r.priority != p || len(r.packets) >= maxRun) {
+	if len(r.packets) > 0 && (r.dst != dst || r.priority != p || len(r.packets) >= maxRun || c.mesh && r.src != src) {
 		c.flush()
 	}
-	r.dst, r.priority = dst, p
+	r.src, r.dst, r.priority = src, dst, p
 	r.packets = append(r.packets, packet)
 	r.bytes += len(packet)
 }
@@ -323,9 +344,13 @@ func (c *session) flush() {
 		return
 	}
 	k := &c.srv.counters
-	k.packetsIn.Add(uint64(n))
-	k.bytesIn.Add(uint64(r.bytes))
 	defer func() { r.packets, r.bytes = r.packets[:0], 0 }()
+	if c.mesh {
+		k.forwardedIn.Add(uint64(n))
+	} else {
+		k.packetsIn.Add(uint64(n))
+		k.bytesIn.Add(uint64(r.bytes))
+	}
 	if c.ended.Load() {
 		return // revoked while its packets were in our hands
 	}
@@ -334,21 +359,38 @@ func (c *session) flush() {
 	if p != nil {
 		dst = p.active.Load()
 	}
+	switch {
+	case dst != nil:
+	case p == nil:
+	case c.mesh:
+		// Its newest connection is elsewhere, and whoever sent this will know
+		// soon. What was forwarded once is not forwarded again.
+		dst = c.srv.lastSession(p)
+	default:
+		if l := p.via.Load(); l != nil && l.forward(c.key, r) {
+			return
+		}
+	}
 	if dst == nil {
 		k.unknown.Add(uint64(n))
-		if r.priority == derp.Disco && c.unknown.Allow() {
+		if r.priority == derp.Disco && !c.mesh && c.unknown.Allow() {
 			c.peerGone(r.dst, derp.PeerNotHere)
 		}
 		return
 	}
 	// Before the packets, so that a receiver never misses the end of a sender
 	// it has heard from.
-	c.peer.noteReceiver(r.dst)
-	if dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, c.key, r.packets...) {
+	if !c.mesh {
+		c.peer.noteReceiver(r.dst)
+	} else if from := c.srv.lookup(r.src); from != nil {
+		from.noteReceiver(r.dst)
+	}
+	if dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, r.src, r.packets...) {
 		// We are faster than the writer: let it run before we drop more.
 		runtime.Gosched()
 	}
 	k.packetsOut.Add(uint64(n))
+	k.bytesOut.Add(uint64(r.bytes))
 }
 
 // peerGone tells the client that the relay does not reach key.

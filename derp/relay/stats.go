@@ -7,10 +7,14 @@ import (
 
 // counters are the running sums behind Stats.
 type counters struct {
-	packetsIn, bytesIn, packetsOut, unknown, dropped atomic.Uint64
-	accepted, refused, violations                    atomic.Uint64
-	paused                                           atomic.Int64 // nanoseconds
+	packetsIn, bytesIn, packetsOut, bytesOut, unknown, dropped atomic.Uint64
+	forwardedIn, forwardedOut, forwardedDropped, meshFull      atomic.Uint64
+	accepted, refused, violations                              atomic.Uint64
+	paused                                                     atomic.Int64 // nanoseconds
 }
+
+// passed counts the packets that the relay was good for.
+func (k *counters) passed() uint64 { return k.packetsOut.Load() + k.forwardedOut.Load() }
 
 // Stats is a snapshot of what the relay does. Counters start at New.
 type Stats struct {
@@ -27,8 +31,17 @@ type Stats struct {
 	PacketsIn  uint64 // packets received from clients
 	BytesIn    uint64 // and their bytes
 	PacketsOut uint64 // packets queued for a client; some of these may be in Dropped
-	Unknown    uint64 // packets for keys that are not connected
+	BytesOut   uint64 // and their bytes
+	Unknown    uint64 // packets dropped because their receiver is not connected
 	Dropped    uint64 // packets dropped because the queue of their receiver was full
+
+	MeshPeers        int    // relays of the region to which this one forwards now
+	MeshClients      int    // keys that are connected there
+	MeshFull         uint64 // keys not noted because a relay has too many, or watchers that fell behind
+	ForwardedIn      uint64 // packets that other relays forwarded to clients of this one
+	ForwardedOut     uint64 // packets queued for another relay; some of these may be in ForwardedDropped
+	ForwardedDropped uint64 // packets dropped because the queue of that relay was full
+
 	// Paused is how long clients were kept from sending because they were above
 	// Config.BytesPerSecond, all of them together.
 	Paused time.Duration
@@ -37,10 +50,23 @@ type Stats struct {
 // Stats returns a snapshot.
 func (s *Server) Stats() Stats {
 	s.mu.RLock()
-	st := Stats{Clients: s.clients, Keys: len(s.peers), Homes: s.homesLocked(), Draining: s.notice != nil}
+	st := Stats{Clients: s.clients, Homes: s.homesLocked(), Draining: s.notice != nil}
 	k := &s.counters
 	st.Dropped = k.dropped.Load()
+	st.ForwardedDropped = k.forwardedDropped.Load()
+	for _, l := range s.mesh.links {
+		if c := l.client.Load(); c != nil {
+			st.MeshPeers++
+			st.ForwardedDropped += c.Dropped()
+		}
+	}
 	for _, p := range s.peers {
+		if len(p.sessions) > 0 {
+			st.Keys++
+		}
+		if len(p.links) > 0 {
+			st.MeshClients++
+		}
 		for _, c := range p.sessions {
 			st.Dropped += c.conn.Dropped()
 		}
@@ -50,6 +76,8 @@ func (s *Server) Stats() Stats {
 	st.Accepted, st.Refused = k.accepted.Load(), k.refused.Load()
 	st.Evicted, st.Violations = s.gate.evictions(), k.violations.Load()
 	st.PacketsIn, st.BytesIn, st.PacketsOut = k.packetsIn.Load(), k.bytesIn.Load(), k.packetsOut.Load()
+	st.BytesOut, st.MeshFull = k.bytesOut.Load(), k.meshFull.Load()
+	st.ForwardedIn, st.ForwardedOut = k.forwardedIn.Load(), k.forwardedOut.Load()
 	st.Unknown, st.Paused = k.unknown.Load(), time.Duration(k.paused.Load())
 	return st
 }
