@@ -435,7 +435,7 @@ func (d *reader) frame() (Frame, error) {
 				d.err = err
 				break
 			}
-			if n > MaxFrame {
+			if n > maxForward {
 				// Unknown and longer than we keep: consume the header, discard the rest.
 				d.start += FrameHeaderLen
 				d.skip = n

@@ -61,8 +61,10 @@ type Relay struct {
 	region *wire.DERPRegion
 	key    identity.NodePublic
 
-	mu      sync.Mutex // guards members
+	mu      sync.Mutex // guards what follows
 	members map[identity.NodePublic]struct{}
+	mesh    meshState
+
 	saving  sync.Mutex    // one saves at a time
 	unsaved chan struct{} // capacity 1: the members on disk are not the newest
 
@@ -76,6 +78,9 @@ type Relay struct {
 }
 
 const membersName = "members.json"
+
+// errLeft ends the request that takes a relay out of the map.
+var errLeft = errors.New("left")
 
 // saveEvery is the shortest time between two savings of members that come and go
 // one by one. A change after a longer time is saved at once.
@@ -162,6 +167,7 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 		return nil, fmt.Errorf("%w with --control-key", err)
 	}
 	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log, BytesPerSecond: cfg.Rate})
+	r.loadMesh()
 	r.wg.Go(func() {
 		if err := r.relay.Serve(ln, relay.TLSConfig(id.cert, r.relay)); err != nil && r.ctx.Err() == nil {
 			r.fail(fmt.Errorf("relay: %w", err))
@@ -216,7 +222,7 @@ func (r *Relay) Stats() relay.Stats { return r.relay.Stats() }
 // connections and waits until nothing is left running.
 func (r *Relay) Close() error {
 	r.shutdown.Do(func() {
-		drainFor(r.relay, r.cfg.Drain, r.log) // control goes on saying who is a member
+		r.drain() // control goes on saying who is a member
 		r.cancel()
 		r.stun.close()
 		if r.relay != nil {
@@ -234,6 +240,35 @@ func (r *Relay) Close() error {
 	return nil
 }
 
+// drain serves nodes until they have moved. Nodes of ours do when the relay says
+// that it goes, others when the map does not name it any more.
+func (r *Relay) drain() {
+	if r.relay == nil || r.cfg.Drain <= 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), r.cfg.Drain)
+	defer cancel()
+	first, done := context.WithTimeout(ctx, r.cfg.Drain/2)
+	n := r.relay.Drain(first, r.cfg.Drain, time.Minute)
+	done()
+	if err := r.client.Relay(ctx, r.request(true), func(*wire.RelayUpdate) error { return errLeft }); !errors.Is(err, errLeft) {
+		r.log.Info("the control server does not know that this relay goes", zap.Error(err))
+	}
+	if n > 0 {
+		n = r.relay.Drain(ctx, r.cfg.Drain, time.Minute)
+	}
+	if n > 0 {
+		r.log.Info("relay ends with nodes at home here", zap.Int("connections", n))
+	}
+}
+
+// request is what the relay says to the control server.
+func (r *Relay) request(leaving bool) wire.RelayRequest {
+	return wire.RelayRequest{
+		Version: wire.CapabilityVersion, RelayKey: r.cfg.RelayKey, NodeKey: r.key, Region: r.region, Leaving: leaving,
+	}
+}
+
 func (r *Relay) admit(_ context.Context, key identity.NodePublic, _ netip.Addr) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -248,17 +283,15 @@ func (r *Relay) follow() {
 	var b backoff.Backoff
 	var first sync.Once
 	for r.ctx.Err() == nil {
-		err := r.client.Relay(r.ctx, wire.RelayRequest{
-			Version:  wire.CapabilityVersion,
-			RelayKey: r.cfg.RelayKey,
-			NodeKey:  r.key,
-			Region:   r.region,
-		}, func(u *wire.RelayUpdate) error {
+		err := r.client.Relay(r.ctx, r.request(false), func(u *wire.RelayUpdate) error {
 			b.Reset()
 			if u.KeepAlive {
 				return nil
 			}
 			r.update(u)
+			if u.Mesh != nil {
+				r.setMesh(u.Mesh)
+			}
 			if u.Full {
 				first.Do(func() { close(r.announced) })
 				r.state(nil)
@@ -324,9 +357,14 @@ func (r *Relay) update(u *wire.RelayUpdate) {
 		}
 	}
 	r.mu.Unlock()
-	r.relay.Revoke(gone...)
+	if len(gone) > 0 {
+		r.relay.Revoke(gone...)
+	}
 	if u.Full {
 		r.save()
+		return
+	}
+	if len(u.Members)+len(u.Removed) == 0 {
 		return
 	}
 	select {

@@ -87,13 +87,12 @@ func (r *relaySet) sorted() []*knownRelay {
 	return all
 }
 
-// mapped returns the relays that nodes are told of. Those that have been silent
-// for too long are not among them, unless there would be none at all: it may be
-// the server that is cut off.
+// mapped returns the relays that nodes are told of. Those that leave, or have
+// been silent for too long, are not among them, unless there would be none at
+// all: the last one may be restarted, and it may be the server that is cut off.
 func (r *relaySet) mapped() []*knownRelay {
 	all := r.sorted()
-	all = slices.DeleteFunc(all, func(k *knownRelay) bool { return k.left })
-	here := slices.DeleteFunc(slices.Clone(all), func(k *knownRelay) bool { return k.gone })
+	here := slices.DeleteFunc(slices.Clone(all), func(k *knownRelay) bool { return k.left || k.gone })
 	if len(here) == 0 && len(r.fixed.Regions) == 0 {
 		return all
 	}
@@ -353,7 +352,8 @@ func (s *Server) closeRelay(ctx context.Context, key identity.NodePublic, rs *re
 		return
 	}
 	k.stream, k.until = nil, s.cfg.Now().Add(s.cfg.RelayLease)
-	left := k.left
+	left := k.left && !slices.Contains(s.relays.mapped(), k)
+	k.left = left
 	s.mu.Unlock()
 	if left {
 		if err := s.forgetRelay(context.WithoutCancel(ctx), fmt.Sprintf("key %d", rs.key), k); err == nil {

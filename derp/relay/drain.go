@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"math"
@@ -22,7 +23,8 @@ const (
 // Drain prepares the end of the relay: it tells every client, and those that
 // log in from now on, to look for another one, and passes packets on as before,
 // until no client calls this relay its home any more and packets for those that
-// moved have stopped coming, or until ctx ends. Close should follow. back says when the relay is expected to
+// moved have stopped coming, or until ctx ends. Close should follow, or
+// another Drain with the same notice, which waits on. back says when the relay is expected to
 // be there again, tryFor for how long after that it is worth to try; 0 is
 // unknown. Drain returns how many connections still call this relay home:
 // those of clients that have no other relay, or do not listen.
@@ -31,10 +33,12 @@ func (s *Server) Drain(ctx context.Context, back, tryFor time.Duration) int {
 	binary.BigEndian.PutUint32(notice, milliseconds(back))
 	binary.BigEndian.PutUint32(notice[4:], milliseconds(tryFor))
 	s.mu.Lock()
-	s.notice = notice
-	for _, p := range s.peers {
-		for _, c := range p.sessions {
-			c.conn.EnqueueControl(derp.FrameRestarting, notice)
+	if !bytes.Equal(s.notice, notice) {
+		s.notice = notice
+		for _, p := range s.peers {
+			for _, c := range p.sessions {
+				c.conn.EnqueueControl(derp.FrameRestarting, notice)
+			}
 		}
 	}
 	waiting := s.homesLocked()
