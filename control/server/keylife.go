@@ -65,7 +65,7 @@ func (s *Server) renewAt(n *node) time.Time {
 // may put off when its key expires.
 func ownLife(k store.Key) time.Duration {
 	switch {
-	case k.ID == 0:
+	case k.ID == 0, k.NodeExpiry < 0: // the latter has nothing to put off
 		return 0
 	case k.NodeExpiry > 0:
 		return k.NodeExpiry

@@ -39,12 +39,13 @@ type enrolment struct {
 	ephemeral bool
 	expiry    time.Time // an earlier expiry that the node wishes for
 	version   int
+	instance  string // the process that asks, as it calls itself
 }
 
 func newEnrolment(c *client, req *wire.RegisterRequest) enrolment {
 	e := enrolment{
 		machine: c.machine, key: req.NodeKey, old: req.OldNodeKey, info: cleanHostinfo(req.Hostinfo),
-		ephemeral: req.Ephemeral, expiry: req.Expiry, version: req.Version,
+		ephemeral: req.Ephemeral, expiry: req.Expiry, version: req.Version, instance: req.MeshInstance,
 	}
 	if req.Hostinfo != nil {
 		e.tags = slices.Clone(req.Hostinfo.RequestTags)

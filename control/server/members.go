@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"sync"
+	"time"
 
 	"mesh/identity"
 )
@@ -21,6 +22,9 @@ func (s *Server) Admit(key identity.NodePublic) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := s.nodes.byKey[key]
+	if n == nil {
+		n = s.nodes.formers[key]
+	}
 	return n != nil && !n.expired && !expiredAt(n.Expires, s.cfg.Now())
 }
 
@@ -32,14 +36,27 @@ func (s *Server) Members() []identity.NodePublic {
 }
 
 func (s *Server) memberKeys() []identity.NodePublic {
-	keys := make([]identity.NodePublic, 0, len(s.nodes.byKey))
+	keys := make([]identity.NodePublic, 0, len(s.nodes.byKey)+len(s.nodes.formers))
 	now := s.cfg.Now()
-	for k, n := range s.nodes.byKey {
-		if !n.expired && !expiredAt(n.Expires, now) {
-			keys = append(keys, k)
+	for _, index := range []map[identity.NodePublic]*node{s.nodes.byKey, s.nodes.formers} {
+		for k, n := range index {
+			if !n.expired && !expiredAt(n.Expires, now) {
+				keys = append(keys, k)
+			}
 		}
 	}
 	return keys
+}
+
+// dropFormer ends the membership of the key that a node had before, if it had
+// one. Server.mu is held.
+func (s *Server) dropFormer(n *node) {
+	if n.former.IsZero() {
+		return
+	}
+	s.member(n.former, false)
+	delete(s.nodes.formers, n.former)
+	n.former, n.formerUntil, n.unshown = identity.NodePublic{}, time.Time{}, false
 }
 
 // Subscribe calls f with all present members, and from then on at once with

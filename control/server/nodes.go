@@ -18,6 +18,11 @@ import (
 type node struct {
 	store.Node
 	expired bool // the key, by the server's clock
+	// former is the key before, which is a member until formerUntil; zero =
+	// none. unshown: it is what peers know the node by.
+	former      identity.NodePublic
+	formerUntil time.Time
+	unshown     bool
 
 	online    presence
 	stream    *stream   // open map poll, nil = none
@@ -81,8 +86,10 @@ func (v *view) encodedPatch() json.RawMessage {
 type registry struct {
 	byID  map[wire.NodeID]*node
 	byKey map[identity.NodePublic]*node
-	names map[string]wire.NodeID
-	pool  *addressPool
+	// formers has the nodes by node.former.
+	formers map[identity.NodePublic]*node
+	names   map[string]wire.NodeID
+	pool    *addressPool
 	// byMachine has more than one node for a machine only if it enrolled anew
 	// under another owner, or without a word of who it had been.
 	byMachine map[identity.MachinePublic][]*node
@@ -97,6 +104,7 @@ const maxHomes = 4096
 func (r *registry) init(pool *addressPool, last wire.NodeID) {
 	r.byID = make(map[wire.NodeID]*node)
 	r.byKey = make(map[identity.NodePublic]*node)
+	r.formers = make(map[identity.NodePublic]*node)
 	r.names = make(map[string]wire.NodeID)
 	r.byMachine = make(map[identity.MachinePublic][]*node)
 	r.homes = make(map[identity.MachinePublic]int)
@@ -115,6 +123,7 @@ func (r *registry) add(sn store.Node) *node {
 func (r *registry) remove(n *node) {
 	delete(r.byID, n.ID)
 	delete(r.byKey, n.Key)
+	delete(r.formers, n.former)
 	delete(r.names, n.Name)
 	if rest := slices.DeleteFunc(r.byMachine[n.Machine], func(o *node) bool { return o == n }); len(rest) > 0 {
 		r.byMachine[n.Machine] = rest
@@ -240,6 +249,9 @@ func (s *Server) peerNode(n *node) wire.Node {
 
 		MachineAuthorized: true,
 	}
+	if n.unshown {
+		w.Key = n.former
+	}
 	if n.online == presenceOffline && !n.LastSeen.IsZero() {
 		seen := n.LastSeen
 		w.LastSeen = &seen
@@ -250,7 +262,7 @@ func (s *Server) peerNode(n *node) wire.Node {
 // selfNode is what n sees of itself. Server.mu is held.
 func (s *Server) selfNode(n *node) *wire.Node {
 	w := s.peerNode(n)
-	w.Machine = n.Machine
+	w.Key, w.Machine = n.Key, n.Machine
 	on := true
 	w.Online, w.LastSeen = &on, nil
 	if len(n.routed) > 0 {

@@ -83,6 +83,8 @@ func (s *Server) ownNode(c *client, req *wire.MapRequest) (*node, error) {
 		return nil, wire.ErrNodeUnknown
 	case n.Machine != c.machine:
 		return nil, wire.ErrMachineMismatch
+	case superseded(n, req.MeshInstance):
+		return nil, wire.ErrCloned
 	case n.expired || expiredAt(n.Expires, s.cfg.Now()):
 		return nil, wire.ErrNodeKeyExpired
 	}
@@ -262,10 +264,18 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 		return nil, news{}, err
 	}
 	now := s.cfg.Now()
+	replaced, err := s.claim(n, req.MeshInstance, false)
+	if err != nil {
+		return nil, news{}, err
+	}
+	if replaced {
+		s.noteCopy(n, c.source)
+	}
+	instance := cleanInstance(req.MeshInstance)
 	if old := n.stream; old != nil {
 		code := wire.ErrorCode("")
-		if old.client != c {
-			if !n.swap(now) {
+		if old.client != c && (instance == "" || old.instance != instance) {
+			if !replaced && !n.swap(now) {
 				return nil, news{}, errSwaps
 			}
 			// Either the old connection is dead, and nobody hears this, or
@@ -275,7 +285,9 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 		old.end(code)
 	}
 	st := newStream(n.ID, c)
+	st.instance = instance
 	n.stream = st
+	n.unshown = false // it is there: peers may know
 	n.online, n.offlineAt = presenceOnline, time.Time{}
 	n.Polled = true
 	// A poll does not change what the node reports, as lite updates do; but

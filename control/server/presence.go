@@ -74,6 +74,7 @@ func (s *Server) scheduleNode(n *node) {
 		}
 	}
 	consider(n.offlineAt)
+	consider(n.formerUntil)
 	consider(s.removalAt(n))
 	if !n.expired {
 		consider(n.Expires)
@@ -139,6 +140,9 @@ func (s *Server) lookAtDue() time.Duration {
 				s.entitle(n) // another router takes over
 			}
 		}
+		if !n.formerUntil.IsZero() && !n.formerUntil.After(now) {
+			s.dropFormer(n)
+		}
 		s.changed(n)
 		if !n.expired && expiredAt(n.Expires, now) {
 			expire = append(expire, n.ID) // which looks at the rest again
@@ -184,6 +188,7 @@ func (s *Server) expire(n *node) {
 	if n.stream != nil {
 		n.stream.end(wire.CodeNodeKeyExpired)
 	}
+	s.dropFormer(n)
 	s.member(n.Key, false)
 	s.changed(n)
 	s.entitle(n)
@@ -267,6 +272,7 @@ func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury
 	if n == nil {
 		return nil
 	}
+	s.dropFormer(n)
 	viewers := s.policy.compiled.Visible(id)
 	affected := s.policy.compiled.Remove(id)
 	s.shadow.remove(n)

@@ -126,14 +126,9 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 	if resp, err := s.registerDead(ctx, c, req.NodeKey, key, keyErr); resp != nil || err != nil {
 		return resp, err
 	}
-	var old *store.Node
-	if !req.OldNodeKey.IsZero() {
-		s.mu.Lock()
-		if n := s.nodes.byKey[req.OldNodeKey]; n != nil {
-			sn := n.Node
-			old = &sn
-		}
-		s.mu.Unlock()
+	old, err := s.formerSelf(ctx, c, req.OldNodeKey)
+	if err != nil {
+		return nil, err
 	}
 	if old != nil {
 		if old.Machine != c.machine {
@@ -141,7 +136,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 		// A valid identity goes before an auth key: it stays, with a new key.
 		if !expiredAt(old.Expires, now) {
-			return s.rotate(ctx, c, old.ID, req.NodeKey)
+			return s.rotate(ctx, c, old.ID, req)
 		}
 	}
 	if errors.Is(keyErr, wire.ErrAuthKeyUsed) {
@@ -152,7 +147,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		again := n != nil && n.Machine == c.machine && !n.Polled && !expiredAt(n.Expires, now)
 		s.mu.Unlock()
 		if again {
-			return s.rotate(ctx, c, key.UsedBy, req.NodeKey)
+			return s.rotate(ctx, c, key.UsedBy, req)
 		}
 	}
 	if keyErr != nil {
@@ -172,7 +167,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		case err != nil:
 			return nil, err
 		case id != 0:
-			return s.rotate(ctx, c, id, req.NodeKey)
+			return s.rotate(ctx, c, id, req)
 		}
 		return s.askLogin(c, req)
 	}
@@ -273,7 +268,7 @@ func (s *Server) knownNode(c *client, req *wire.RegisterRequest) (*wire.Register
 	case expiredAt(n.Expires, s.cfg.Now()):
 		return newKeyPlease(wire.CodeNodeKeyExpired), nil
 	}
-	return s.welcome(&n.Node), nil
+	return s.admitProcess(n, c, req)
 }
 
 // registerDead answers for a node key that is no longer accepted. Both results
@@ -293,8 +288,42 @@ func (s *Server) registerDead(ctx context.Context, c *client, nodeKey identity.N
 	return newKeyPlease(""), nil
 }
 
+// formerSelf returns the node that a key belongs to, or, where the machine comes
+// with an old state, has belonged to; nil if none.
+func (s *Server) formerSelf(ctx context.Context, c *client, key identity.NodePublic) (*store.Node, error) {
+	if key.IsZero() {
+		return nil, nil
+	}
+	find := func(n func() *node) *store.Node {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if n := n(); n != nil {
+			sn := n.Node
+			return &sn
+		}
+		return nil
+	}
+	if old := find(func() *node { return s.nodes.byKey[key] }); old != nil {
+		return old, nil
+	}
+	dead, err := s.store.DeadKey(ctx, key)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case dead.Removed || dead.Machine != c.machine:
+		return nil, nil
+	}
+	old := find(func() *node { return s.nodes.byID[dead.Node] })
+	if old != nil && old.Machine != c.machine {
+		return nil, nil
+	}
+	return old, nil
+}
+
 // rotate gives a node another key. opMu is held.
-func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, key identity.NodePublic) (*wire.RegisterResponse, error) {
+func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	n := s.nodes.byID[id]
@@ -302,25 +331,49 @@ func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, key iden
 		s.mu.Unlock()
 		return nil, wire.ErrNodeUnknown
 	}
+	// Before anything changes: a copy that is no longer the node must not
+	// take its key away.
+	replaced, err := s.claim(n, req.MeshInstance, req.MeshYield)
+	if err != nil {
+		s.mu.Unlock()
+		return nil, err
+	}
 	expires := n.Expires
 	if life, ok := s.ownKeyLife(n); ok && !expiredAt(expires, now) {
 		expires = expiry(life, now)
 	}
 	s.mu.Unlock()
-	if err := s.store.RotateNodeKey(ctx, id, key, expires, now); err != nil {
+	if err := s.store.RotateNodeKey(ctx, id, req.NodeKey, expires, now); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n.Expires = expires
-	s.rekey(n, key, c)
-	return s.welcome(&n.Node), nil
+	s.rekey(n, req.NodeKey, c, req.MeshKeeps && !n.expired)
+	resp := s.welcome(&n.Node)
+	if resp.MeshReplaced = replaced; replaced {
+		s.noteCopy(n, c.source)
+	}
+	return resp, nil
 }
 
-// rekey replaces a node's key in memory. Server.mu is held.
-func (s *Server) rekey(n *node, key identity.NodePublic, c *client) {
-	s.member(n.Key, false)
-	s.nodes.rekey(n, key)
+// keptKeyFor is how long a node's former key stays a member, which nodes of ours
+// go on answering to for as long.
+const keptKeyFor = 3 * time.Minute
+
+// rekey replaces a node's key in memory. A former key that is kept stays a
+// member for a while, and the one that peers are told until the node polls with
+// the new one: it has to be found by that first. Server.mu is held.
+func (s *Server) rekey(n *node, key identity.NodePublic, c *client, keep bool) {
+	s.dropFormer(n)
+	if old := n.Key; keep {
+		n.former, n.formerUntil, n.unshown = old, s.cfg.Now().Add(keptKeyFor), true
+		s.nodes.rekey(n, key)
+		s.nodes.formers[old] = n
+	} else {
+		s.member(old, false)
+		s.nodes.rekey(n, key)
+	}
 	s.member(key, true)
 	if n.stream != nil && n.stream.client != c {
 		// Opened with the key that has just died. No reason is given: it is
@@ -345,7 +398,7 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	n := store.Node{
 		Machine: e.machine, Key: e.key, Tags: tags, Created: now,
 		Ephemeral: key.Ephemeral || e.ephemeral,
-		NodeState: store.NodeState{Hostinfo: e.info, Cap: e.version},
+		NodeState: store.NodeState{Hostinfo: e.info, Cap: e.version, Instance: cleanInstance(e.instance)},
 	}
 	if len(tags) == 0 {
 		n.User = key.User
@@ -361,6 +414,10 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	}
 	renew := old != nil
 	if renew {
+		if m := s.nodes.byID[old.ID]; m == nil || superseded(m, e.instance) {
+			s.mu.Unlock()
+			return 0, wire.ErrCloned
+		}
 		n.ID, n.StableID, n.Created = old.ID, old.StableID, old.Created
 		n.Hostname, n.Name, n.Named, n.IPv4, n.IPv6 = old.Hostname, old.Name, old.Named, old.IPv4, old.IPv6
 		n.NodeState = old.NodeState
@@ -385,12 +442,18 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 		m.Expires, m.Ephemeral, m.AuthKey, m.Polled, m.idleSince = n.Expires, n.Ephemeral, n.AuthKey, false, now
 		m.KeyLife = n.KeyLife
 		m.expired = false
-		s.rekey(m, n.Key, c)
+		if _, err := s.claim(m, e.instance, false); err != nil {
+			return 0, err
+		}
+		s.rekey(m, n.Key, c, false)
 		s.entitle(m)
 		return n.ID, nil
 	}
 	m := s.nodes.add(n)
 	m.idleSince = now
+	if c != nil {
+		s.noteReuse(m, c.source)
+	}
 	// Until its first poll nobody can reach it.
 	m.online = presenceOffline
 	s.refresh(m)

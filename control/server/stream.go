@@ -17,7 +17,9 @@ import (
 type stream struct {
 	id     wire.NodeID
 	client *client
-	wake   chan struct{} // buffered: pending is not empty
+	// instance is the process that polls, "" = unknown.
+	instance string
+	wake     chan struct{} // buffered: pending is not empty
 
 	pending pending // guarded by Server.mu
 

@@ -47,6 +47,8 @@ type MapRequest struct {
 	// MeshFlows are connection attempts that the node judged since its last
 	// report: only in lite updates, and only if the server asked for them.
 	MeshFlows []Flow `json:",omitempty"`
+	// MeshInstance is as in RegisterRequest.
+	MeshInstance string `json:",omitempty"`
 }
 
 // MaxFlows is how many flows one MapRequest may report. More are ignored.

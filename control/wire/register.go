@@ -35,7 +35,22 @@ type RegisterRequest struct {
 	Ephemeral        bool   `json:",omitempty"`
 	NodeKeySignature []byte // tailnet lock, null
 	Tailnet          string `json:",omitempty"`
+
+	// MeshInstance names the process that asks: letters and digits, chosen anew
+	// at each start. Two that are alive at once are copies of one identity.
+	MeshInstance string `json:",omitempty"`
+	// MeshYield says that the state of this process was found to be copied, and
+	// another copy the newer one: it wants in only if no other is there.
+	MeshYield bool `json:",omitempty"`
+	// MeshKeeps says that the node goes on answering to OldNodeKey for a while:
+	// relays should admit both keys, and peers hear of the new one when it
+	// polls with that.
+	MeshKeeps bool `json:",omitempty"`
 }
+
+// MaxInstance is the length in bytes of a MeshInstance; one that is longer
+// counts as none.
+const MaxInstance = 32
 
 // LogoutExpiry is the past Expiry that means "log out".
 var LogoutExpiry = time.Unix(123, 0).UTC()
@@ -53,6 +68,9 @@ type RegisterResponse struct {
 
 	// MeshCode is the ErrorCode behind Error, for callers that branch.
 	MeshCode ErrorCode `json:",omitempty"`
+	// MeshReplaced says that another process was this node until now, and has
+	// been told to stop.
+	MeshReplaced bool `json:",omitempty"`
 }
 
 // Hostinfo describes a node's installation. Everything is omitted when zero.
