@@ -27,12 +27,13 @@ type migration struct {
 var migrations = []migration{
 	// The key is made here, and only here: a store that lost its key must not
 	// come back under a new one that no node trusts.
-	{ddl: schema1, then: makeServerKey, breaks: true},
+	{ddl: schema1, then: makeServerKey, postgres: `CREATE UNIQUE INDEX users_lower ON users (lower(name))`, breaks: true},
 	{ddl: schema2, breaks: true},
 	{ddl: schema3, breaks: true},
 	{ddl: schema4, breaks: true},
 	{ddl: schema5, then: chainAudit, sqlite: schema5Sealed, postgres: schema5SealedPostgres, breaks: true},
 	{ddl: schema6, breaks: true},
+	{ddl: schema7, postgres: schema7Postgres, breaks: true},
 }
 
 func makeServerKey(ctx context.Context, tx *sql.Tx) error {
@@ -64,6 +65,14 @@ func run(ctx context.Context, tx *sql.Tx, version int, postgres bool) error {
 	}
 	return nil
 }
+
+// schema7: which replica a node has its poll at, and by whom and when what it
+// reports was written.
+const schema7 = `
+ALTER TABLE nodes ADD COLUMN replica TEXT NOT NULL DEFAULT '';
+ALTER TABLE nodes ADD COLUMN state_by TEXT NOT NULL DEFAULT '';
+ALTER TABLE nodes ADD COLUMN state_seq INTEGER NOT NULL DEFAULT 0;
+`
 
 // schema6: nodes renew their keys by themselves, say which of their processes
 // they are, and are known by the keys that they had.

@@ -15,7 +15,7 @@ import (
 
 const nodeColumns = `id, stable_id, machine_key, node_key, coalesce(user_id, 0), tags, hostname, name, named, ipv4, ipv6,
 	ephemeral, created, expires, auth_key, disco, endpoints, home_derp, hostinfo, cap, last_seen, polled, routes,
-	key_life, instance`
+	key_life, instance, replica`
 
 func scanNode(scan func(...any) error) (n Node, err error) {
 	var tags, ipv4, ipv6, endpoints, hostinfo, routes string
@@ -23,7 +23,7 @@ func scanNode(scan func(...any) error) (n Node, err error) {
 	var created, expires, seen int64
 	err = scan(&n.ID, &n.StableID, &machine, &key, &n.User, &tags, &n.Hostname, &n.Name, &n.Named, &ipv4, &ipv6,
 		&n.Ephemeral, &created, &expires, &n.AuthKey, &disco, &endpoints, &n.HomeDERP, &hostinfo, &n.Cap, &seen, &n.Polled, &routes,
-		&n.KeyLife, &n.Instance)
+		&n.KeyLife, &n.Instance, &n.Replica)
 	if err != nil {
 		return n, err
 	}

@@ -26,7 +26,12 @@ const (
 // use at once.
 type Postgres struct {
 	database
-	conf *pgx.ConnConfig
+	conf     *pgx.ConnConfig
+	migrated bool   // set before others use the store
+	replica  string // set by Join, before others use the store
+
+	tidyMu sync.Mutex // guards tidied
+	tidied time.Time
 
 	closeOnce sync.Once
 	closeErr  error
@@ -70,7 +75,7 @@ func OpenPostgres(ctx context.Context, url string) (_ *Postgres, err error) {
 	s.db.SetConnMaxIdleTime(5 * time.Minute)
 	s.dialect = dialect{
 		lastNode: `SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM nodes_id_seq`,
-		begin:    onlyWriter,
+		begin:    s.onlyWriter,
 		classify: classifyPostgres,
 		limit:    postgresPatience,
 	}
@@ -78,6 +83,7 @@ func OpenPostgres(ctx context.Context, url string) (_ *Postgres, err error) {
 		s.Close()
 		return nil, err
 	}
+	s.migrated = true
 	return s, nil
 }
 
@@ -88,10 +94,26 @@ func (s *Postgres) Close() error {
 }
 
 // onlyWriter takes the lock of all writers of this schema until the end of the
-// transaction.
-func onlyWriter(ctx context.Context, tx *sql.Tx) error {
-	_, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('mesh ' || current_schema(), 0))`)
-	return err
+// transaction, says who writes, and looks whether this program may: another one
+// may have changed the tables since it started.
+func (s *Postgres) onlyWriter(ctx context.Context, tx *sql.Tx) error {
+	_, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('mesh ' || current_schema(), 0)), set_config('mesh.replica', $1, true)`, s.replica)
+	if err != nil || !s.migrated {
+		return err
+	}
+	var needs int
+	if err := tx.QueryRowContext(ctx, `SELECT needs FROM mesh_version`).Scan(&needs); err != nil {
+		return err
+	}
+	return known(needs)
+}
+
+// known reports tables that only newer programs may use.
+func known(needs int) error {
+	if needs > len(migrations) {
+		return fmt.Errorf("%w: tables need version %d, this program knows %d: update it", ErrNewer, needs, len(migrations))
+	}
+	return nil
 }
 
 // postgresDDL says in PostgreSQL's words what a migration says in SQLite's. All
@@ -125,11 +147,15 @@ func (s *Postgres) migrate(ctx context.Context) error {
 				return err
 			}
 		}
-		switch {
-		case needs > len(migrations):
-			return fmt.Errorf("%w: tables need version %d, this program knows %d", ErrNewer, needs, len(migrations))
-		case version >= len(migrations):
-			return nil
+		if err := known(needs); err != nil || version >= len(migrations) {
+			return err
+		}
+		if !tables {
+			_, err := tx.ExecContext(ctx, `CREATE TABLE mesh_version (one INT PRIMARY KEY CHECK (one = 1), version BIGINT NOT NULL, needs BIGINT NOT NULL);
+				INSERT INTO mesh_version VALUES (1, 0, 0)`)
+			if err != nil {
+				return err
+			}
 		}
 		if err := run(ctx, tx, version, true); err != nil {
 			return err
@@ -137,14 +163,6 @@ func (s *Postgres) migrate(ctx context.Context) error {
 		for i := version; i < len(migrations); i++ {
 			if migrations[i].breaks {
 				needs = i + 1
-			}
-		}
-		if !tables {
-			_, err = tx.ExecContext(ctx, `CREATE TABLE mesh_version (one INT PRIMARY KEY CHECK (one = 1), version BIGINT NOT NULL, needs BIGINT NOT NULL);
-				INSERT INTO mesh_version VALUES (1, 0, 0);
-				CREATE UNIQUE INDEX users_lower ON users (lower(name))`)
-			if err != nil {
-				return err
 			}
 		}
 		_, err = tx.ExecContext(ctx, `UPDATE mesh_version SET version = $1, needs = $2`, len(migrations), needs)

@@ -128,6 +128,9 @@ type NodeState struct {
 	LastSeen  time.Time // end of its last map poll, zero = it never polled
 	Polled    bool      // it has polled the map at least once
 	Instance  string    // names the process that is the node, "" = unknown
+	// Replica is the server that it has its map poll at, "" = none; only in a
+	// Shared store.
+	Replica string
 }
 
 // DeadKey is a node key that will not be accepted again.

@@ -1,0 +1,92 @@
+package store
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"mesh/control/wire"
+	"mesh/identity"
+)
+
+// Shared is a Store that several servers use at once, each as a replica of the
+// others. They share nothing else: every change is in a log of the database,
+// and each replica follows it.
+type Shared interface {
+	Store
+
+	// Replica is the name that this server has among the others.
+	Replica() string
+	// Beat tells the others that this replica lives and what it is, and returns
+	// those that have told so within Lease, itself not among them. It also
+	// tidies up what nobody needs any more.
+	Beat(ctx context.Context, about ReplicaInfo) (map[string]ReplicaInfo, error)
+	// Leave says that this replica ends.
+	Leave(ctx context.Context) error
+
+	// Position is where the log of changes ends.
+	Position(ctx context.Context) (Position, error)
+	// Changes returns what other replicas changed after a position, as a set,
+	// and the position it leads to.
+	Changes(ctx context.Context, after Position) (Changes, error)
+	// Listen calls wake whenever something was written by anybody, until the
+	// connection breaks or ctx ends. A call may be missing: who must not miss
+	// anything looks at Changes from time to time.
+	Listen(ctx context.Context, wake func()) error
+	// NodesByID returns those of the nodes that there are.
+	NodesByID(ctx context.Context, ids []wire.NodeID) ([]Node, error)
+	// SaveReports is SaveStates for a replica: what is reported of a node that
+	// has its poll at another replica by now is not taken, unless claims has the
+	// node: its poll is new here.
+	SaveReports(ctx context.Context, states map[wire.NodeID]NodeState, claims map[wire.NodeID]bool) error
+
+	// PutLogin stores a machine that asks to be let in, by its code.
+	PutLogin(ctx context.Context, l Login) error
+	RemoveLogin(ctx context.Context, code string) error
+	// Logins returns those that are not over.
+	Logins(ctx context.Context, now time.Time) ([]Login, error)
+}
+
+// Lease is how long a replica counts as alive after it said so.
+const Lease = 10 * time.Second
+
+// ReplicaInfo is what a replica tells the others.
+type ReplicaInfo struct {
+	Regions []*wire.DERPRegion    // of its own relays
+	Relays  []identity.NodePublic // relay processes that are connected to it
+}
+
+// Position is a place in the log of changes.
+type Position struct {
+	Log    int64 // of what was decided
+	States int64 // of what nodes reported
+}
+
+// Changes is what happened between two positions of the log.
+type Changes struct {
+	Next  Position
+	Nodes map[wire.NodeID]bool // nodes that came, went or changed
+	// What has the tables that changed besides nodes: "users", "keys",
+	// "policies", "grants", "shadow", "relays", "logins".
+	What map[string]bool
+	// Lost says that the log does not reach back that far: anything may have
+	// changed.
+	Lost bool
+}
+
+// Login is a machine that asks to be let in without a key.
+type Login struct {
+	Code      string
+	Machine   identity.MachinePublic
+	Key, Old  identity.NodePublic
+	Info      *wire.Hostinfo
+	Tags      []string
+	Ephemeral bool
+	Expiry    time.Time // an earlier expiry that the node wishes for
+	Version   int
+	Source    netip.Prefix
+	Asked     time.Time
+	Expires   time.Time
+	State     int // as the server counts them
+	Node      wire.NodeID
+}
