@@ -108,6 +108,14 @@ func (p *Path) relayDown(region int, err error) {
 	p.evaluateHome()
 }
 
+// relayMoved implements relayEvents: peers that send by the relay that goes hear
+// this node by the other.
+func (p *Path) relayMoved(region int) {
+	if region == p.HomeRegion() {
+		p.greetPeers()
+	}
+}
+
 // greetPeers lets the peers of active sessions hear this node at their own
 // relays: until control has told them of its new home, they know by that how to
 // answer.

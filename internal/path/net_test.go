@@ -36,6 +36,8 @@ type memNet struct {
 	tap     func(from, to netip.AddrPort, b []byte)
 	delay   time.Duration
 	relays  map[int]*memRelay
+	// siblings are relays of a region that has several, by name.
+	siblings map[string]*memRelay
 }
 
 func newMemNet(t *testing.T) *memNet {
@@ -185,6 +187,8 @@ type memRelay struct {
 	conns  map[identity.NodePublic]*memRelayConn
 	dials  int
 	data   int // WireGuard packets carried
+
+	next *memRelay // of the same region, to which this one forwards
 }
 
 type memRelayConn struct {
@@ -242,6 +246,9 @@ func (n *memNet) dialRelay(key identity.NodePublic, local func() netip.AddrPort)
 			return nil, ctx.Err()
 		}
 		r := n.relays[def.RegionID]
+		if len(def.Nodes) > 0 && n.siblings[def.Nodes[0].Name] != nil {
+			r = n.siblings[def.Nodes[0].Name]
+		}
 		if r == nil {
 			return nil, fmt.Errorf("relay %d: no such host", def.RegionID)
 		}
@@ -290,7 +297,13 @@ func (r *memRelay) inject(src, dst identity.NodePublic, packets ...[]byte) {
 			r.data++
 		}
 	}
+	hole := r.hole
 	r.mu.Unlock()
+	if to == nil && r.next != nil && !hole {
+		r.next.mu.Lock()
+		to = r.next.conns[dst]
+		r.next.mu.Unlock()
+	}
 	if to == nil {
 		return
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"net"
 	"net/netip"
-	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -33,6 +32,11 @@ const (
 	maxWaitingPeer = 16 // of them for one peer
 	maxWaitingSize = 128 << 10
 	maxWait        = 3 * time.Second
+	// A relay of a region whose connection failed comes after the others of it
+	// for a while. One that was left for another serves on until it goes, or
+	// for so long: peers may not know yet.
+	avoidFor  = 60 * time.Second
+	lingerFor = 10 * time.Second
 )
 
 // relayConn is a connection to a relay; *derp.Client in production.
@@ -52,6 +56,8 @@ type relayConn interface {
 type relayEvents interface {
 	relayUp(region int)
 	relayDown(region int, err error)
+	// relayMoved says that another relay of the region is connected now.
+	relayMoved(region int)
 	relayPackets(region int, src identity.NodePublic, datagrams [][]byte)
 	relayPeerGone(region int, peer identity.NodePublic)
 	relayRestarting(region int, in time.Duration)
@@ -78,7 +84,6 @@ type relaySet struct {
 type relay struct {
 	set *relaySet
 	id  int
-	def *wire.DERPRegion // not changed
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -90,16 +95,24 @@ type relay struct {
 	failing atomic.Bool // not connected, and the last attempt failed
 	watched atomic.Bool // packets out are watched
 	asking  atomic.Bool // a ping is under way
+	moving  atomic.Bool // to another relay of the region
 
-	mu      sync.Mutex // guards what follows
-	running bool       // its goroutine
-	keep    bool       // connected even when not used
+	mu      sync.Mutex         // guards what follows
+	def     *wire.DERPRegion   // its content is not changed
+	avoid   map[string]instant // until then, by the name of a relay; nil if there is one only
+	running bool               // its goroutine
+	keep    bool               // connected even when not used
 	home    bool
 	waiting []waitingPacket
 	size    int
 }
 
-type liveRelay struct{ conn relayConn }
+// liveRelay is a connection to a relay.
+type liveRelay struct {
+	conn   relayConn
+	node   *wire.DERPNode // nil in a region without any
+	linger *time.Timer    // closes it after it was left for another; set before that
+}
 
 type waitingPacket struct {
 	dst  identity.NodePublic
@@ -107,8 +120,8 @@ type waitingPacket struct {
 	at   instant
 }
 
-// setRegions takes a new map. Regions whose definition is the same keep their
-// connections.
+// setRegions takes a new map. Connections to relays that it still names as they
+// were are kept.
 func (s *relaySet) setRegions(regions map[int]*wire.DERPRegion) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,9 +129,11 @@ func (s *relaySet) setRegions(regions map[int]*wire.DERPRegion) {
 		return
 	}
 	for id, r := range s.regions {
-		if def := regions[id]; def == nil || !reflect.DeepEqual(def, r.def) {
+		if def := regions[id]; def == nil {
 			r.cancel()
 			delete(s.regions, id)
+		} else {
+			r.redefineLocked(def)
 		}
 	}
 	for id, def := range regions {
@@ -260,7 +275,7 @@ func (r *relay) start() {
 		return
 	}
 	r.running = true
-	s.wg.Go(r.run)
+	s.wg.Go(func() { r.run(nil) })
 }
 
 // setKeep says which regions stay connected and which of them is home.
@@ -390,21 +405,29 @@ func (s *relaySet) recheck(here func(netip.Addr) bool) {
 	}
 }
 
-// run connects, reads and connects again, while the region is kept or used.
-func (r *relay) run() {
+// run connects, reads and connects again, while the region is kept or used. It
+// begins with l, if that is not nil.
+func (r *relay) run(l *liveRelay) {
 	s := r.set
 	pause := backoff.Backoff{Min: backoffMin, Max: backoffSoon}
 	var failedFrom instant // 0 = the last attempt succeeded
 	for {
 		began := s.now()
-		select {
-		case <-r.kick: // this very attempt is what it asks for
-		default:
+		var err error
+		if l == nil {
+			select {
+			case <-r.kick: // this very attempt is what it asks for
+			default:
+			}
+			if l, err = r.connect(nil); err == nil {
+				r.up(l)
+			}
 		}
-		conn, err := s.dial(r.ctx, r.def)
 		if err == nil {
-			r.failing.Store(false)
-			err = r.serve(conn)
+			var left bool
+			if left, err = r.serve(l); left {
+				return // another goroutine goes on
+			}
 			failedFrom = 0
 			if s.now()-began > backoffSoon {
 				pause = backoff.Backoff{Min: backoffMin, Max: backoffSoon}
@@ -417,6 +440,7 @@ func (r *relay) run() {
 				pause.Max = backoffMax
 			}
 		}
+		l = nil
 		if r.ctx.Err() == nil {
 			s.events.relayDown(r.id, err)
 		}
@@ -438,38 +462,48 @@ func (r *relay) run() {
 	}
 }
 
-// serve runs one connection until it ends.
-func (r *relay) serve(conn relayConn) error {
-	stop := context.AfterFunc(r.ctx, func() { conn.Close() })
-	defer conn.Close()
-	defer stop()
-	l := &liveRelay{conn}
+// up makes a first connection the one that is used.
+func (r *relay) up(l *liveRelay) {
+	r.failing.Store(false)
 	r.heard.Store(int64(r.set.now()))
 	r.watched.Store(false)
 	r.mu.Lock()
 	home := r.home
 	r.live.Store(l)
 	r.mu.Unlock()
-	defer r.live.CompareAndSwap(l, nil)
 	if home {
-		conn.NotePreferred(true)
+		l.conn.NotePreferred(true)
 	}
-	r.flush(conn)
+	r.flush(l.conn)
 	r.set.events.relayUp(r.id)
+}
+
+// serve reads from a connection until it ends; left says that it had been left
+// for another before.
+func (r *relay) serve(l *liveRelay) (left bool, err error) {
+	stop := context.AfterFunc(r.ctx, func() { l.conn.Close() })
+	defer l.conn.Close()
+	defer stop()
 	for {
-		m, err := conn.Recv()
+		m, err := l.conn.Recv()
 		if err != nil {
-			r.live.CompareAndSwap(l, nil)
-			return err
+			if !r.live.CompareAndSwap(l, nil) {
+				l.linger.Stop()
+				return true, err
+			}
+			r.shun(l.node)
+			return false, err
 		}
-		r.heard.Store(int64(r.set.now()))
+		if r.live.Load() == l {
+			r.heard.Store(int64(r.set.now()))
+		}
 		switch m.Kind {
 		case derp.KindPackets:
 			r.set.events.relayPackets(r.id, m.Peer, m.Packets)
 		case derp.KindPeerGone:
 			r.set.events.relayPeerGone(r.id, m.Peer)
 		case derp.KindRestarting:
-			r.set.events.relayRestarting(r.id, m.ReconnectIn)
+			r.restarting(l, m.ReconnectIn)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"mesh/control/wire"
 	"mesh/derp"
 	"mesh/identity"
 )
@@ -77,6 +78,109 @@ func TestRelayRestarting(t *testing.T) {
 		settle(time.Second)
 		if b.HomeRegion() != 1 || !b.relays.connected(1) {
 			t.Error("only relay left")
+		}
+	})
+}
+
+// TestRegionOfSeveralRelays: a node leaves a relay for another one of the region
+// without a gap, and never the region for it.
+func TestRegionOfSeveralRelays(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, a := regions(t, func(c *Config) { c.RelayOnly = true })
+		first, second := n.relay(1), &memRelay{region: 1, conns: make(map[identity.NodePublic]*memRelayConn)}
+		first.next, second.next = second, first
+		n.siblings = map[string]*memRelay{"1a": first, "1b": second}
+		n.relays[2].setDown(true)
+		relays := func(names ...string) *wire.DERPMap {
+			m := relayMap(1, 2)
+			one := *m.Regions[1].Nodes[0]
+			m.Regions[1].Nodes = nil
+			for _, name := range names {
+				n := one
+				n.Name = name
+				m.Regions[1].Nodes = append(m.Regions[1].Nodes, &n)
+			}
+			return m
+		}
+		cfg, b := n.config("192.0.2.2")
+		cfg.RelayOnly = true
+		n.start(cfg, b)
+		for _, nd := range []*node{a, b} {
+			nd.SetRelays(relays("1a", "1b"))
+			nd.Ready(t.Context())
+		}
+		a.knows(b.peer(1))
+		b.knows(a.peer(1))
+		lost := 0
+		talk := func(d time.Duration) {
+			t.Helper()
+			for end := time.Now().Add(d); time.Now().Before(end); {
+				a.send(t, b, "x")
+				b.send(t, a, "x")
+				settle(20 * time.Millisecond)
+				if a.take() == nil || b.take() == nil {
+					lost++
+				}
+			}
+			for _, nd := range []*node{a, b} {
+				if nd.HomeRegion() != 1 {
+					t.Errorf("home %d", nd.HomeRegion())
+				}
+			}
+		}
+		at := func(nd *node, want *memRelay) {
+			t.Helper()
+			for _, r := range []*memRelay{first, second} {
+				if _, home := r.isHome(nd.key()); home != (r == want) {
+					t.Errorf("home at the wrong relay of the region")
+				}
+			}
+		}
+		restart := func(nd *node, r *memRelay) {
+			r.mu.Lock()
+			r.conns[nd.key()].in <- derp.Message{Kind: derp.KindRestarting, ReconnectIn: 3 * time.Second}
+			r.mu.Unlock()
+		}
+		settle(3 * time.Second)
+		at(a, first)
+		at(b, first)
+		restart(a, first)
+		talk(5 * time.Second)
+		at(a, second)
+		at(b, first)
+		if c, _ := first.isHome(a.key()); !c {
+			t.Error("the relay was left before it went: peers still send there")
+		}
+		talk(lingerFor)
+		if c, _ := first.isHome(a.key()); c {
+			t.Error("still connected to the relay that was left")
+		}
+		// The map does not name it any more; then names it again.
+		b.SetRelays(relays("1b"))
+		talk(time.Second)
+		at(b, second)
+		b.SetRelays(relays("1a", "1b"))
+		talk(lingerFor)
+		at(b, second)
+		if lost > 0 {
+			t.Errorf("%d packets lost while nodes moved", lost)
+		}
+		// It dies: back to the other one.
+		before := first.dials
+		second.setDown(true)
+		talk(5 * time.Second)
+		at(a, first)
+		at(b, first)
+		if lost > 20 {
+			t.Errorf("%d packets lost when the relay died", lost)
+		}
+		// Both go: to the other region.
+		t.Log(lost, "lost,", first.dials-before, "dials")
+		n.relays[2].setDown(false)
+		first.setDown(true)
+		settle(5 * time.Second)
+		if a.HomeRegion() != 2 {
+			t.Errorf("home %d", a.HomeRegion())
 		}
 	})
 }
