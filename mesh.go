@@ -39,6 +39,7 @@ import (
 	"mesh/identity"
 	"mesh/internal/engine"
 	"mesh/internal/session"
+	"mesh/netstack"
 )
 
 // Errors to branch on with errors.Is. Each comes wrapped in one that says more.
@@ -61,6 +62,8 @@ var (
 	ErrRevoked = engine.ErrRevoked
 	// ErrCloned: another copy of this node's identity runs; the newer one stays.
 	ErrCloned = wire.ErrCloned
+	// ErrTooManyConnections: a dial would exceed Node.Limits.
+	ErrTooManyConnections = netstack.ErrTooManyConnections
 	// The control server does not accept the auth key.
 	ErrAuthKeyUnknown = wire.ErrAuthKeyUnknown
 	ErrAuthKeyExpired = wire.ErrAuthKeyExpired
@@ -74,6 +77,9 @@ type DeniedError = engine.DeniedError
 // RevokedError ends connections that are no longer allowed: TCP at both ends and
 // connected UDP. It matches ErrRevoked.
 type RevokedError = engine.RevokedError
+
+// Limits bound what a node takes from its process: see Node.Limits.
+type Limits = netstack.Limits
 
 // NeedsLoginError says where a person must log in. It matches ErrNeedsLogin.
 type NeedsLoginError = control.NeedsLoginError
@@ -105,6 +111,10 @@ type Node struct {
 	// besides those that it finds by itself, such as a forwarding set up by
 	// hand. Set Port with them.
 	Endpoints []netip.AddrPort
+	// Limits bound the connections of the node and the memory that they take;
+	// the zero value suits a process of 128 MB. At a limit what is open goes on
+	// as before: windows close, new connections fail.
+	Limits Limits
 	// ListenUDP and DialTCP obtain the host's sockets, to mark or bind them;
 	// nil is package net. They carry ciphertext, control traffic and questions
 	// about the network (STUN, port mapping). Names of servers are looked up by
@@ -137,6 +147,7 @@ func (n *Node) configure() (session.Config, error) {
 		RelayOnly:  n.RelayOnly,
 		NoMapping:  n.NoPortMapping,
 		Endpoints:  n.Endpoints,
+		Limits:     n.Limits,
 		ListenUDP:  n.ListenUDP,
 		DialTCP:    n.DialTCP,
 		Logger:     n.Logger,

@@ -148,7 +148,7 @@ func TestCloseErrors(t *testing.T) {
 // Out is never called once Close returned, and closing does not take long,
 // whatever the connections are doing.
 func TestCloseManyStates(t *testing.T) {
-	a, b, w := newPair(t, Config{AcceptBacklog: 64})
+	a, b, w := newPair(t, Config{Limits: Limits{AcceptBacklog: 64}})
 	var closed sync.Map // of true for the side that closed
 	w.setFilter(func(toB bool, packets [][]byte) [][]byte {
 		if _, late := closed.Load(toB); late {

@@ -35,10 +35,11 @@ type Conn struct {
 
 	done chan struct{} // closed by Close or fail
 
-	mu      sync.Mutex // guards the fields below
-	closed  bool       // by Close
-	failure error      // by fail
-	broken  error      // the error that ended the connection; gVisor tells it only once
+	mu       sync.Mutex // guards the fields below
+	closed   bool       // by Close
+	failure  error      // by fail
+	broken   error      // the error that ended the connection; gVisor tells it only once
+	reserved int64      // of the stack's receive memory, but for window.extra; 0 = none, or given back
 }
 
 var _ net.Conn = (*Conn)(nil)
@@ -224,11 +225,11 @@ func (c *Conn) Close() error {
 		return c.opError("close", net.ErrClosed)
 	}
 	c.closed = true
+	c.release()
 	aborted := c.failure != nil
 	if !aborted {
 		close(c.done)
 	}
-	c.s.spare.Add(c.window.extra)
 	c.mu.Unlock()
 	c.readBy.set(time.Time{})
 	c.writeBy.set(time.Time{})
@@ -239,7 +240,24 @@ func (c *Conn) Close() error {
 		c.ep.Abort()
 	}
 	c.ep.Close()
+	c.s.budget.linger(c.ep)
 	return nil
+}
+
+// reserve takes the connection's share of the stack's budget.
+func (c *Conn) reserve() (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reserved, err = c.s.budget.open(c.ep)
+	return err
+}
+
+// release gives the share back. The caller holds mu.
+func (c *Conn) release() {
+	if c.reserved > 0 {
+		c.s.budget.close(c.reserved, c.window.extra)
+		c.reserved, c.window.extra = 0, 0
+	}
 }
 
 // CloseWrite ends our stream; the other side reads io.EOF after the data.

@@ -75,7 +75,10 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	defer s.wg.Done()
 	c := newConn(s, ep, &wq)
-	err := s.connect(ctx, c, d, local, remote)
+	err := c.reserve()
+	if err == nil {
+		err = s.connect(ctx, c, d, local, remote)
+	}
 	if refusal := d.finish(); refusal != nil {
 		err = refusal
 	}
@@ -85,6 +88,9 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	if err != nil {
 		s.untrack(func() { delete(s.dials, ep) })
+		c.mu.Lock()
+		c.release()
+		c.mu.Unlock()
 		ep.Abort()
 		ep.Close()
 		return fail(err)

@@ -119,6 +119,10 @@ func (l *Listener) pump() {
 func (l *Listener) offer(ep *tcp.Endpoint, wq *waiter.Queue) {
 	c := newConn(l.s, ep, wq)
 	c.flow = flowOf(ep)
+	if err := c.reserve(); err != nil {
+		c.reset(err)
+		return
+	}
 	if err := l.s.track(func() { l.s.conns[ep] = c }); err != nil {
 		c.reset(err)
 		return

@@ -145,7 +145,7 @@ func TestListenFamilies(t *testing.T) {
 
 func TestAcceptOverflow(t *testing.T) {
 	const backlog = 8
-	a, b, _ := newPair(t, Config{AcceptBacklog: backlog})
+	a, b, _ := newPair(t, Config{Limits: Limits{AcceptBacklog: backlog}})
 	l := listen(t, b, "tcp", netip.AddrPort{})
 	var dialled []*Conn
 	dial := func() *Conn {

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -28,9 +27,8 @@ type Config struct {
 	// what it may call. Required.
 	Out func(packets [][]byte)
 
-	// AcceptBacklog is how many completed connections may wait for Accept,
-	// per listener; more are reset. 0 means 128.
-	AcceptBacklog int
+	// Limits bound connections and the memory that they take.
+	Limits Limits
 }
 
 // Flow names a connection as this stack sees it.
@@ -54,10 +52,10 @@ type Stack struct {
 	st      *stack.Stack
 	link    *link
 	backlog int
+	budget  *budget
 	closing chan struct{}  // closed when Close begins
 	down    chan struct{}  // closed when Close is done
 	wg      sync.WaitGroup // listeners' goroutines and dials under way
-	spare   atomic.Int64   // what is left of spareWindow
 
 	addrMu sync.Mutex // serialises SetAddrs
 
@@ -82,20 +80,24 @@ func New(c Config) (*Stack, error) {
 	if c.MTU < minMTU || c.MTU > maxMTU {
 		return nil, fmt.Errorf("netstack: MTU %d is not in %d to %d", c.MTU, minMTU, maxMTU)
 	}
-	if c.AcceptBacklog == 0 {
-		c.AcceptBacklog = defaultBacklog
-	}
-	if c.AcceptBacklog < 0 {
-		return nil, fmt.Errorf("netstack: accept backlog %d is negative", c.AcceptBacklog)
+	limits, err := c.Limits.fill()
+	if err != nil {
+		return nil, err
 	}
 	st, err := newGVisor()
 	if err != nil {
 		return nil, err
 	}
+	budget, err := newBudget(st, limits)
+	if err != nil {
+		st.Destroy()
+		return nil, err
+	}
 	s := &Stack{
 		st:        st,
 		link:      newLink(c.MTU, c.Out),
-		backlog:   c.AcceptBacklog,
+		backlog:   limits.AcceptBacklog,
+		budget:    budget,
 		closing:   make(chan struct{}),
 		down:      make(chan struct{}),
 		conns:     make(map[*tcp.Endpoint]*Conn),
@@ -104,7 +106,6 @@ func New(c Config) (*Stack, error) {
 		flows:     make(map[Flow]*UDPConn),
 		packets:   make(map[*PacketConn]struct{}),
 	}
-	s.spare.Store(spareWindow)
 	if err := st.CreateNIC(nicID, s.link); err != nil {
 		st.Destroy()
 		return nil, fmt.Errorf("netstack: create interface: %v", err)

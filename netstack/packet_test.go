@@ -301,11 +301,13 @@ func TestGSOSize(t *testing.T) {
 func TestNewErrors(t *testing.T) {
 	out := func([][]byte) {}
 	for name, c := range map[string]Config{
-		"no Out":        {},
-		"small MTU":     {Out: out, MTU: 1279},
-		"large MTU":     {Out: out, MTU: 65536},
-		"negative":      {Out: out, MTU: -1},
-		"small backlog": {Out: out, AcceptBacklog: -1},
+		"no Out":                  {},
+		"small MTU":               {Out: out, MTU: 1279},
+		"large MTU":               {Out: out, MTU: 65536},
+		"negative":                {Out: out, MTU: -1},
+		"small backlog":           {Out: out, Limits: Limits{AcceptBacklog: -1}},
+		"little memory":           {Out: out, Limits: Limits{ReceiveMemory: 10_000}},
+		"too much for the memory": {Out: out, Limits: Limits{ReceiveMemory: 1 << 20, Connections: 33}},
 	} {
 		if s, err := New(c); err == nil {
 			s.Close()

@@ -14,10 +14,9 @@ import (
 )
 
 const (
-	defaultMTU     = 1280
-	minMTU         = 1280 // RFC 8200 section 5: below this IPv6 does not work
-	maxMTU         = 65535
-	defaultBacklog = 128
+	defaultMTU = 1280
+	minMTU     = 1280 // RFC 8200 section 5: below this IPv6 does not work
+	maxMTU     = 65535
 
 	// halfOpen bounds the handshakes a listener has under way; beyond it
 	// gVisor answers with SYN cookies.
@@ -81,8 +80,6 @@ func newGVisor() (*stack.Stack, error) {
 	retries := tcpip.TCPMaxRetriesOption(maxRetries)
 	for _, opt := range []tcpip.SettableTransportProtocolOption{
 		&sack, &moderate, &reuse, &wait, &recovery, &rto, &retries,
-		&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
-		&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 	} {
 		if err := st.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
 			st.Destroy()

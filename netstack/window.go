@@ -1,7 +1,6 @@
 package netstack
 
 import (
-	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -20,7 +19,7 @@ const spareWindow = 8 << 20
 type window struct {
 	read  int       // bytes read since
 	since time.Time // when the last window was full; zero at first
-	extra int64     // taken from spare
+	extra int64     // by how much it was widened
 }
 
 // widen takes note of n bytes that were read. A connection that reads a whole
@@ -47,23 +46,12 @@ func (c *Conn) widen(n int) {
 	}
 	c.mu.Lock()
 	more := int64(0)
-	if !c.closed {
-		more = takeUpTo(&c.s.spare, min(size, maxBuffer-size))
+	if c.reserved > 0 {
+		more = c.s.budget.widen(min(size, maxBuffer-size))
 		w.extra += more
 	}
 	c.mu.Unlock()
 	if more > 0 {
 		c.ep.SocketOptions().SetReceiveBufferSize(size+more, true)
-	}
-}
-
-// takeUpTo takes n, or what there is, from a store.
-func takeUpTo(store *atomic.Int64, n int64) int64 {
-	for {
-		have := store.Load()
-		n = max(0, min(n, have))
-		if n == 0 || store.CompareAndSwap(have, have-n) {
-			return n
-		}
 	}
 }

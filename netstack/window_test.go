@@ -85,27 +85,32 @@ func TestWindowGrowsOverDistance(t *testing.T) {
 	if err := <-sent; err != nil {
 		t.Fatal(err)
 	}
-	if left := b.spare.Load(); left != spareWindow-cb.window.extra || left >= spareWindow {
-		t.Errorf("%d of the store are left beside the %d taken", left, cb.window.extra)
+	left := func() int64 {
+		b.budget.mu.Lock()
+		defer b.budget.mu.Unlock()
+		return b.budget.wider
+	}
+	if got := left(); got != spareWindow-cb.window.extra || got >= spareWindow {
+		t.Errorf("%d of the store are left beside the %d taken", got, cb.window.extra)
 	}
 	cb.Close()
-	if left := b.spare.Load(); left != spareWindow {
-		t.Errorf("%d of the store are left at the end", left)
+	if got := left(); got != spareWindow {
+		t.Errorf("%d of the store are left at the end", got)
 	}
 	if err := cb.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the second Close returns %v", err)
 	}
-	if left := b.spare.Load(); left != spareWindow {
-		t.Errorf("%d of the store are left after closing twice", left)
+	if got := left(); got != spareWindow {
+		t.Errorf("%d of the store are left after closing twice", got)
 	}
 }
 
-func TestTakeUpTo(t *testing.T) {
-	s := &Stack{}
-	s.spare.Store(10)
-	for i, want := range []int64{6, 4, 0} {
-		if got := takeUpTo(&s.spare, 6); got != want {
-			t.Errorf("%d: took %d, want %d", i, got, want)
+func TestWidenUpToWhatIsLeft(t *testing.T) {
+	for _, b := range []*budget{{spare: 100, wider: 10}, {spare: 10, wider: 100}} {
+		for i, want := range []int64{6, 4, 0} {
+			if got := b.widen(6); got != want {
+				t.Errorf("%d: took %d, want %d", i, got, want)
+			}
 		}
 	}
 }

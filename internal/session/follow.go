@@ -196,7 +196,7 @@ func (s *Session) keepRegistering(ctx context.Context, e *enrolment, err error) 
 // startStack starts the network stack, which lives as long as the session. Its
 // packets go to the engine of the moment.
 func (s *Session) startStack() error {
-	stack, err := netstack.New(netstack.Config{Out: func(packets [][]byte) {
+	stack, err := netstack.New(netstack.Config{Limits: s.cfg.Limits, Out: func(packets [][]byte) {
 		if eng := s.engine.Load(); eng != nil {
 			eng.Out(packets)
 		}

@@ -39,6 +39,7 @@ type Config struct {
 	RelayOnly bool
 	NoMapping bool             // ask no gateway for a port mapping
 	Endpoints []netip.AddrPort // that the user knows of
+	Limits    netstack.Limits
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
 	Logger    *zap.Logger
