@@ -217,7 +217,7 @@ func TestForgotten(t *testing.T) {
 			p.send(l.whole())
 			synctest.Wait()
 			b.set(l.key, false)
-			l.SetApplied(5) // anything that the server is told
+			l.SetApplied(5, 0) // anything that the server is told
 			var login *NeedsLoginError
 			if err := <-l.end; !errors.As(err, &login) {
 				t.Errorf("ended with %v", err)
@@ -304,7 +304,7 @@ func TestGoAway(t *testing.T) {
 		defer cancel()
 		f.goAway(ctx)
 		synctest.Wait()
-		l.SetApplied(9)
+		l.SetApplied(9, 0)
 		synctest.Wait()
 		if updates != 2 || f.upgrades.Load() != 2 {
 			t.Errorf("%d updates over %d connections %v", updates, f.upgrades.Load(), l.states)

@@ -74,7 +74,7 @@ type Session struct {
 
 	mu      sync.Mutex // guards the fields below
 	host    HostState
-	applied int64
+	applied applied
 	want    int // counts reasons for a lite update
 	sent    int // value of want that a lite update has covered
 	online  bool
@@ -127,12 +127,16 @@ func (s *Session) tell(change func() (news bool)) {
 	}
 }
 
-// SetApplied says which version of the policy is in force at the node, which
-// the control server is told like host state.
-func (s *Session) SetApplied(version int64) {
+// applied are versions that are in force.
+type applied struct{ policy, version int64 }
+
+// SetApplied says which version of the policy and which version of the map are
+// in force at the node, which the control server is told like host state.
+func (s *Session) SetApplied(policy, version int64) {
 	s.tell(func() (news bool) {
-		news = s.applied != version
-		s.applied = version
+		now := applied{policy, version}
+		news = s.applied != now
+		s.applied = now
 		return news
 	})
 }
@@ -184,7 +188,7 @@ func (s *Session) request() (wire.MapRequest, int) {
 	defer s.mu.Unlock()
 	r := wire.MapRequest{
 		Version: wire.CapabilityVersion, NodeKey: s.cfg.NodeKey, DiscoKey: s.host.DiscoKey, KeepAlive: true,
-		Hostinfo: s.host.Hostinfo, Endpoints: s.host.Endpoints, EndpointTypes: s.host.EndpointTypes, MeshApplied: s.applied,
+		Hostinfo: s.host.Hostinfo, Endpoints: s.host.Endpoints, EndpointTypes: s.host.EndpointTypes, MeshApplied: s.applied.policy, MeshMapVersion: s.applied.version,
 	}
 	if r.Hostinfo == nil {
 		r.Hostinfo = &wire.Hostinfo{}

@@ -255,13 +255,13 @@ func TestUpdates(t *testing.T) {
 		// While one is under way the next ones become one.
 		l.SetHostState(state(1, 0.1, 2))
 		l.SetHostState(state(2, 0.1, 3))
-		l.SetApplied(1)
+		l.SetApplied(1, 0)
 		goOn <- true
 		goOn <- false // and that fails, and is sent again
 		goOn <- true
 		synctest.Wait()
 		l.SetHostState(state(2, 0.9, 3)) // no news
-		l.SetApplied(1)
+		l.SetApplied(1, 0)
 		synctest.Wait()
 		if len(got) != 3 {
 			t.Fatalf("%d updates", len(got))

@@ -38,6 +38,7 @@ func (c *Client) Stream(ctx context.Context, req func() wire.MapRequest, handle 
 		r.Version = wire.CapabilityVersion
 	}
 	r.Stream, r.OmitPeers, r.KeepAlive, r.Compress = true, false, true, "zstd"
+	r.MeshReports, r.MeshMapVersion = true, 0 // which this stream has not named yet
 	p := pinger{c: c}
 	defer p.wait()
 	defer cancel(nil)

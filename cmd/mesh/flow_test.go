@@ -124,7 +124,7 @@ func TestFlow(t *testing.T) {
 	if users := decode[[]admin.User](t, s.ok("user", "list", "--json")); len(users) != 1 || users[0].Name != "alice@example.com" {
 		t.Errorf("user list: %+v", users)
 	}
-	if got := s.ok("user", "list"); !strings.Contains(got, "alice@example.com  owner  0") {
+	if got := s.ok("user", "list"); !strings.Contains(got, "alice@example.com  owner  active  0") {
 		t.Errorf("user list: %q", got)
 	}
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"strconv"
+	"strings"
 	"time"
 
 	"mesh/control/admin"
@@ -122,19 +123,40 @@ func nodeKeys(k admin.Key) string {
 var keyRevoke = &command{
 	name: "key revoke", args: "ID", min: 1, max: 1,
 	short: "make a key useless; nodes that enrolled with it stay",
-	long:  `ID is the number that mesh key list shows. A relay that uses the key is cut off.`,
+	long: `
+ID is the number that mesh key list shows. A relay that uses the key is cut off. Nodes
+that enrolled with it stay, since who holds a key and who is a node are two things;
+--nodes removes them all as mesh node remove does, for a key that fell into wrong hands.
+` + waitHelp,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		nodes := fs.Bool("nodes", false, "remove the nodes that enrolled with it, too")
+		wait := waitFlags(fs)
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
 			id, err := strconv.ParseInt(c.args[0], 10, 64)
 			if err != nil || id <= 0 {
 				// Not the argument itself: it may be the secret.
 				return usageError{"want the number of a key, which `mesh key list` shows"}
 			}
-			if _, err := s.RevokeKey(ctx, id); err != nil {
+			if !*nodes {
+				if wait() > 0 {
+					return usageError{"--wait is for --nodes: the key alone is revoked when the command returns"}
+				}
+				if _, err := s.RevokeKey(ctx, id); err != nil {
+					return err
+				}
+				c.printf("key %d revoked\n", id)
+				return nil
+			}
+			k, err := s.RevokeKeyAndNodes(ctx, id, wait())
+			if err != nil {
 				return err
 			}
-			c.printf("key %d revoked\n", id)
-			return nil
+			c.printf("key %d revoked, and %s removed", id, count(len(k.Removed), "node"))
+			if len(k.Removed) > 0 {
+				c.printf(": %s", plain(strings.Join(k.Removed, " ")))
+			}
+			c.printf("\n")
+			return c.applied(k.Applied)
 		})
 	},
 }

@@ -41,7 +41,7 @@ func commands() []*command {
 	return []*command{
 		serveCommand, relayCommand, statusCommand, pingCommand, netcheckCommand,
 		keyCreate, keyList, keyRevoke,
-		userCreate, userList, userRemove,
+		userCreate, userList, userSuspend, userResume, userRemove,
 		nodeList, nodeShow, nodeRename, nodeTag, nodeExpire, nodeRemove,
 		nodePending, nodeApprove, nodeReject,
 		nodeRoutes,

@@ -118,14 +118,17 @@ var nodeRemove = &command{
 	short: "revoke a node: it is cut off at once",
 	long: `
 ` + nodeNames + ` All connections of the node
-end; it cannot come back without another key.`,
+end; it cannot come back without another key.
+` + waitHelp,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
+		wait := waitFlags(fs)
 		return withServer(fs, func(ctx context.Context, c *call, s *admin.Client) error {
-			if err := s.RemoveNode(ctx, c.args[0]); err != nil {
+			removed, err := s.RemoveNodeAndWait(ctx, c.args[0], wait())
+			if err != nil {
 				return err
 			}
 			c.printf("node %s removed\n", c.args[0])
-			return nil
+			return c.applied(removed.Applied)
 		})
 	},
 }

@@ -93,10 +93,12 @@ var nodeExpire = &command{
 ` + nodeNames + ` Without a flag the key expires now:
 the node is cut off until it logs in again, with an auth key or by a login that is
 approved; it is the same node then. --never also brings back a node whose key
-has expired.`,
+has expired.
+` + waitHelp,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		var when admin.NodeExpire
 		given := 0
+		wait := waitFlags(fs)
 		fs.Func("at", "at a `TIME` like 2027-01-31 or 2027-01-31T18:00:00Z", func(s string) (err error) {
 			given++
 			when.At, err = parseTime(s)
@@ -119,7 +121,7 @@ has expired.`,
 			if given > 1 {
 				return usageError{"give one of --at, --in and --never"}
 			}
-			n, err := s.ExpireNode(ctx, c.args[0], when)
+			n, err := s.ExpireNodeAndWait(ctx, c.args[0], when, wait())
 			if err != nil {
 				return err
 			}
@@ -128,7 +130,7 @@ has expired.`,
 			} else {
 				c.printf("the key of node %s expires %s\n", n.Name, ago(n.Expires, time.Now()))
 			}
-			return nil
+			return c.applied(n.Applied)
 		})
 	},
 }

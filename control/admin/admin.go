@@ -64,6 +64,26 @@ type User struct {
 	Role    string      `json:"role"` // "owner" or "member"
 	Created time.Time   `json:"created"`
 	Nodes   int         `json:"nodes"`
+	// Suspended is since when the user's nodes and keys are refused, zero = they
+	// are not.
+	Suspended time.Time `json:"suspended,omitzero"`
+	Applied   *Applied  `json:"applied,omitempty"` // only if somebody waited
+}
+
+// Applied tells how far a withdrawal is in force at the nodes that could see what
+// was withdrawn and were connected then.
+type Applied struct {
+	Peers       int           `json:"peers"`   // those that say what they have in force
+	Applied     int           `json:"applied"` // of Peers, that have this
+	Slowest     time.Duration `json:"slowest"` // from the order to the word of the last of these
+	SlowestNode string        `json:"slowestNode,omitempty"`
+	Missing     []string      `json:"missing,omitempty"` // of Peers, that have not said so: names, some at most
+	Mute        int           `json:"mute"`              // nodes that do not say: those of other makers
+}
+
+// NodeRemoved is the answer to DELETE /v1/nodes/NAME.
+type NodeRemoved struct {
+	Applied *Applied `json:"applied,omitempty"` // only if somebody waited
 }
 
 // UserCreate is the body of POST /v1/users.
@@ -87,6 +107,9 @@ type Key struct {
 	// NodeExpiry is how long the keys of nodes that enrol with it are good
 	// for; 0 = as the server has it, negative = for ever.
 	NodeExpiry time.Duration `json:"nodeExpiry,omitempty"`
+	// Removed are the names of nodes that were revoked with the key.
+	Removed []string `json:"removed,omitempty"`
+	Applied *Applied `json:"applied,omitempty"` // only if somebody waited
 }
 
 // KeyCreate is the body of POST /v1/keys. One of User, Tags and Relay is
@@ -133,7 +156,8 @@ type Node struct {
 	HomeRelay int                 `json:"homeRelay,omitempty"`
 	Endpoints []netip.AddrPort    `json:"endpoints,omitempty"`
 	Routes    []NodeRoute         `json:"routes,omitempty"`
-	Peers     []string            `json:"peers,omitempty"` // names of the nodes it may see; only in a single node's answer
+	Applied   *Applied            `json:"applied,omitempty"` // of an expiry, only if somebody waited
+	Peers     []string            `json:"peers,omitempty"`   // names of the nodes it may see; only in a single node's answer
 }
 
 // NodeRoute is a network behind a node.

@@ -105,6 +105,26 @@ func (c *Client) RemoveUser(ctx context.Context, name string) error {
 	return c.do(ctx, "DELETE", "/v1/users/"+url.PathEscape(name), nil, nil)
 }
 
+// wait is the part of a URL that asks the server to wait for peers.
+func wait(d time.Duration) string {
+	if d <= 0 {
+		return ""
+	}
+	return "&wait=" + url.QueryEscape(d.String())
+}
+
+// SuspendUser cuts off all nodes of a user and refuses them and the user's keys,
+// until ResumeUser. With a wait (25 s at most) it returns when all peers have
+// that in force, or the wait is over, and User.Applied tells.
+func (c *Client) SuspendUser(ctx context.Context, name string, limit time.Duration) (User, error) {
+	return get[User](ctx, c, "POST", "/v1/users/"+url.PathEscape(name)+"/suspend?"+wait(limit), nil)
+}
+
+// ResumeUser ends SuspendUser: the nodes are what they were.
+func (c *Client) ResumeUser(ctx context.Context, name string) (User, error) {
+	return get[User](ctx, c, "POST", "/v1/users/"+url.PathEscape(name)+"/resume", nil)
+}
+
 // CreateKey makes an enrolment key. Its secret is in the answer and nowhere
 // else.
 func (c *Client) CreateKey(ctx context.Context, k KeyCreate) (NewKey, error) {
@@ -120,6 +140,12 @@ func (c *Client) Keys(ctx context.Context) ([]Key, error) {
 // uses it is cut off.
 func (c *Client) RevokeKey(ctx context.Context, id int64) (Key, error) {
 	return get[Key](ctx, c, "POST", "/v1/keys/"+strconv.FormatInt(id, 10)+"/revoke", nil)
+}
+
+// RevokeKeyAndNodes is RevokeKey, and RemoveNode of all nodes that enrolled with
+// the key. It waits as SuspendUser does.
+func (c *Client) RevokeKeyAndNodes(ctx context.Context, id int64, limit time.Duration) (Key, error) {
+	return get[Key](ctx, c, "POST", "/v1/keys/"+strconv.FormatInt(id, 10)+"/revoke?nodes=1"+wait(limit), nil)
 }
 
 // Nodes lists all nodes.
@@ -139,6 +165,11 @@ func (c *Client) RemoveNode(ctx context.Context, name string) error {
 	return c.do(ctx, "DELETE", "/v1/nodes/"+url.PathEscape(name), nil, nil)
 }
 
+// RemoveNodeAndWait is RemoveNode, and waits as SuspendUser does.
+func (c *Client) RemoveNodeAndWait(ctx context.Context, name string, limit time.Duration) (NodeRemoved, error) {
+	return get[NodeRemoved](ctx, c, "DELETE", "/v1/nodes/"+url.PathEscape(name)+"?"+wait(limit), nil)
+}
+
 // RenameNode gives a node, named as for Node, another name, or with "" the one
 // that its host has. ErrConflict: another node has it.
 func (c *Client) RenameNode(ctx context.Context, name, to string) (Node, error) {
@@ -153,6 +184,11 @@ func (c *Client) SetNodeOwner(ctx context.Context, name string, owner NodeOwner)
 // ExpireNode sets when the key of a node, named as for Node, expires.
 func (c *Client) ExpireNode(ctx context.Context, name string, when NodeExpire) (Node, error) {
 	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/expire", when)
+}
+
+// ExpireNodeAndWait is ExpireNode, and waits as SuspendUser does.
+func (c *Client) ExpireNodeAndWait(ctx context.Context, name string, when NodeExpire, limit time.Duration) (Node, error) {
+	return get[Node](ctx, c, "POST", "/v1/nodes/"+url.PathEscape(name)+"/expire?"+wait(limit), when)
 }
 
 // Logins lists the machines that ask to be let in, oldest first.

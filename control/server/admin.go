@@ -52,6 +52,8 @@ func (s *Server) AdminHandler() http.Handler {
 		"GET /v1/users":                  s.adminUsers,
 		"POST /v1/users":                 s.adminCreateUser,
 		"DELETE /v1/users/{name}":        s.adminRemoveUser,
+		"POST /v1/users/{name}/suspend":  s.adminSuspendUser,
+		"POST /v1/users/{name}/resume":   s.adminResumeUser,
 		"GET /v1/keys":                   s.adminKeys,
 		"POST /v1/keys":                  s.adminCreateKey,
 		"POST /v1/keys/{id}/revoke":      s.adminRevokeKey,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -109,6 +110,9 @@ func (s *Server) newKey(in admin.KeyCreate) (store.Key, error) {
 		}
 		k.User = u.ID
 	}
+	if err := active(s.users[k.User]); err != nil {
+		return store.Key{}, err
+	}
 	if err := s.knownTags(in.Tags); err != nil {
 		return store.Key{}, err
 	}
@@ -121,26 +125,68 @@ func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: key %q: want its number", errInvalid, r.PathValue("id"))
 	}
-	s.opMu.Lock()
-	defer s.opMu.Unlock()
-	k, err := s.store.RevokeKey(context.WithoutCancel(r.Context()), actor(r), id, s.cfg.Now())
+	wait, err := waitFor(r)
 	if err != nil {
 		return nil, err
 	}
+	k, removed, rec, err := s.revokeKey(context.WithoutCancel(r.Context()), actor(r), id, r.URL.Query().Get("nodes") != "", wait > 0)
+	if err != nil {
+		return nil, err
+	}
+	told := s.await(r.Context(), rec, wait)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := s.adminKey(k)
+	out.Removed, out.Applied = removed, told
+	return out, nil
+}
+
+// revokeKey makes a key useless and cuts off the relays that use it; with nodes
+// also all nodes that enrolled with it last, as RemoveNode does. It returns the
+// names of these.
+func (s *Server) revokeKey(ctx context.Context, by string, id int64, nodes, wait bool) (k store.Key, removed []string, rec *receipt, err error) {
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	var ids []wire.NodeID
+	s.mu.Lock()
+	for _, n := range s.nodes.byID {
+		if nodes && n.AuthKey == id {
+			ids, removed = append(ids, n.ID), append(removed, n.Name)
+		}
+	}
+	s.mu.Unlock()
+	slices.Sort(removed)
+	rec, err = s.withdraw(ids, wait, func() error {
+		// The key first: nobody enrols with it while its nodes go.
+		if k, err = s.store.RevokeKey(ctx, by, id, s.cfg.Now()); err != nil {
+			return err
+		}
+		s.keyRevoked(k)
+		for _, n := range ids {
+			if err := s.remove(ctx, by, n, true); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return k, removed, rec, err
+}
+
+// keyRevoked brings in force what follows from the revocation of a key.
+func (s *Server) keyRevoked(k store.Key) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if k.Kind == store.KeyNode {
 		for _, n := range s.nodes.byID {
-			if n.AuthKey == id && n.KeyLife != 0 {
+			if n.AuthKey == k.ID && n.KeyLife != 0 {
 				n.KeyLife = 0 // as the store has done
 				s.changedSelf(n)
 			}
 		}
 	}
 	for _, relay := range s.relays.known {
-		if relay.Key == id {
+		if relay.Key == k.ID {
 			relay.end(wire.CodeRelayKeyUnknown)
 		}
 	}
-	return s.adminKey(k), nil
 }

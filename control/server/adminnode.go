@@ -11,6 +11,7 @@ import (
 
 	"mesh/control/admin"
 	"mesh/control/store"
+	"mesh/control/wire"
 )
 
 // adminNodeOf describes a node. Server.mu is held.
@@ -76,7 +77,15 @@ func (s *Server) adminNode(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminRemoveNode(r *http.Request) (any, error) {
-	return struct{}{}, s.RemoveNode(r.Context(), actor(r), r.PathValue("name"))
+	wait, err := waitFor(r)
+	if err != nil {
+		return nil, err
+	}
+	rec, err := s.revokeNode(r.Context(), actor(r), r.PathValue("name"), wait > 0)
+	if err != nil {
+		return nil, err
+	}
+	return admin.NodeRemoved{Applied: s.await(r.Context(), rec, wait)}, nil
 }
 
 // RemoveNode revokes the node with the given name, full name, stable ID or mesh
@@ -84,17 +93,22 @@ func (s *Server) adminRemoveNode(r *http.Request) (any, error) {
 // wire.CodeNodeRevoked, and its key is refused from now on. The error is
 // store.ErrNotFound if there is no such node.
 func (s *Server) RemoveNode(ctx context.Context, by, name string) error {
+	_, err := s.revokeNode(ctx, by, name, false)
+	return err
+}
+
+func (s *Server) revokeNode(ctx context.Context, by, name string, wait bool) (*receipt, error) {
 	s.opMu.Lock()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	n, err := s.nodeByName(name)
 	if err != nil {
 		s.mu.Unlock()
-		return err
+		return nil, err
 	}
 	id := n.ID
 	s.mu.Unlock()
-	return s.remove(ctx, by, id, true)
+	return s.withdraw([]wire.NodeID{id}, wait, func() error { return s.remove(ctx, by, id, true) })
 }
 
 func (s *Server) adminRenameNode(r *http.Request) (any, error) {
@@ -135,25 +149,36 @@ func (s *Server) adminExpireNode(r *http.Request) (any, error) {
 	default:
 		at = at.Add(in.In)
 	}
-	return s.changedNode(r.PathValue("name"), func(id string) error {
-		return s.ExpireNode(r.Context(), actor(r), id, at)
+	wait, err := waitFor(r)
+	if err != nil {
+		return nil, err
+	}
+	var rec *receipt
+	out, err := s.changedNode(r.PathValue("name"), func(id string) (err error) {
+		rec, err = s.expireNode(r.Context(), actor(r), id, at, wait > 0)
+		return err
 	})
+	if err != nil {
+		return nil, err
+	}
+	out.Applied = s.await(r.Context(), rec, wait)
+	return out, nil
 }
 
 // changedNode does something to a node and returns what it is then.
-func (s *Server) changedNode(name string, change func(stableID string) error) (any, error) {
+func (s *Server) changedNode(name string, change func(stableID string) error) (admin.Node, error) {
 	id, err := s.find(name)
 	if err != nil {
-		return nil, err
+		return admin.Node{}, err
 	}
 	s.mu.Lock()
 	n := s.nodes.byID[id]
 	s.mu.Unlock()
 	if n == nil {
-		return nil, fmt.Errorf("node %q: %w", clip(name), store.ErrNotFound)
+		return admin.Node{}, fmt.Errorf("node %q: %w", clip(name), store.ErrNotFound)
 	}
 	if err := change(string(n.StableID)); err != nil {
-		return nil, err
+		return admin.Node{}, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 var userName = regexp.MustCompile(`^[a-z0-9][a-z0-9._+-]{0,63}(@[a-z0-9]([a-z0-9.-]{0,126}[a-z0-9])?)?$`)
 
 func (s *Server) adminUser(u store.User) admin.User {
-	out := admin.User{ID: u.ID, Name: u.Name, Role: u.Role, Created: u.Created}
+	out := admin.User{ID: u.ID, Name: u.Name, Role: u.Role, Created: u.Created, Suspended: u.Suspended}
 	for _, n := range s.nodes.byID {
 		if n.User == u.ID {
 			out.Nodes++

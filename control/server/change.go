@@ -83,7 +83,7 @@ func (s *Server) ownerOf(user string, tags []string) (wire.UserID, []string, err
 		if !ok {
 			return 0, nil, fmt.Errorf("user %q: %w: create it with `mesh user create`", clip(user), store.ErrNotFound)
 		}
-		return u.ID, nil, nil
+		return u.ID, nil, active(u)
 	}
 	tags = slices.Clone(tags)
 	slices.Sort(tags)
@@ -137,9 +137,8 @@ func (s *Server) SetOwner(ctx context.Context, by, name, user string, tags []str
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n.User, n.Tags, n.Expires = uid, tags, expires
-	s.changed(n)
+	s.reconsider(n, wire.CodeNodeKeyExpired) // its former user may be suspended
 	s.entitle(n)
-	s.scheduleNode(n)
 	return nil
 }
 
@@ -147,9 +146,14 @@ func (s *Server) SetOwner(ctx context.Context, by, name, user string, tags []str
 // the past or now cuts the node off until it logs in again, zero is never. A
 // node whose key had expired comes back with it if the new time is to come.
 func (s *Server) ExpireNode(ctx context.Context, by, name string, at time.Time) error {
+	_, err := s.expireNode(ctx, by, name, at, false)
+	return err
+}
+
+func (s *Server) expireNode(ctx context.Context, by, name string, at time.Time, wait bool) (*receipt, error) {
 	now := s.cfg.Now()
 	if at.Sub(now) > maxExpiry {
-		return fmt.Errorf("%w: that is more than 100 years from now", errInvalid)
+		return nil, fmt.Errorf("%w: that is more than 100 years from now", errInvalid)
 	}
 	if !at.IsZero() && at.Before(now) {
 		at = now // it was good until now
@@ -158,7 +162,7 @@ func (s *Server) ExpireNode(ctx context.Context, by, name string, at time.Time) 
 	defer s.opMu.Unlock()
 	id, err := s.find(name)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return s.setExpiry(context.WithoutCancel(ctx), by, id, at)
+	return s.withdraw([]wire.NodeID{id}, wait, func() error { return s.setExpiry(context.WithoutCancel(ctx), by, id, at) })
 }

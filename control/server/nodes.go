@@ -17,7 +17,7 @@ import (
 // node is a registered node. It is guarded by Server.mu.
 type node struct {
 	store.Node
-	expired bool // the key, by the server's clock
+	expired bool // no member: its key has, by the server's clock, or its user is suspended
 	// former is the key before, which is a member until formerUntil; zero =
 	// none. unshown: it is what peers know the node by.
 	former      identity.NodePublic

@@ -85,6 +85,8 @@ func (s *Server) ownNode(c *client, req *wire.MapRequest) (*node, error) {
 		return nil, wire.ErrMachineMismatch
 	case superseded(n, req.MeshInstance):
 		return nil, wire.ErrCloned
+	case s.suspended(&n.Node):
+		return nil, wire.ErrUserSuspended
 	case n.expired || expiredAt(n.Expires, s.cfg.Now()):
 		return nil, wire.ErrNodeKeyExpired
 	}
@@ -121,6 +123,7 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 		n.HomeDERP = s.nodes.lastHome(n.Machine)
 	}
 	s.unsaved[n.ID] = struct{}{}
+	s.applied(n.ID, req.MeshMapVersion)
 	s.judge(n, req.MeshFlows)
 	s.changed(n)
 	if rerouted {
@@ -286,6 +289,10 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 	}
 	st := newStream(n.ID, c)
 	st.instance = instance
+	st.reports = req.MeshReports
+	if st.reports {
+		st.pending.version = s.owed(n.ID)
+	}
 	n.stream = st
 	n.unshown = false // it is there: peers may know
 	n.online, n.offlineAt = presenceOnline, time.Time{}

@@ -175,18 +175,18 @@ func (s *Server) expireDue(id wire.NodeID) {
 		return
 	}
 	if !n.expired && expiredAt(n.Expires, s.cfg.Now()) {
-		s.expire(n)
+		s.expire(n, wire.CodeNodeKeyExpired)
 	}
 	s.scheduleNode(n)
 }
 
 // expire ends a node's membership for as long as it has no new key: peers and
-// relays hear of it, its stream ends and no filter lets it in. opMu and
-// Server.mu are held.
-func (s *Server) expire(n *node) {
+// relays hear of it, its stream ends with code and no filter lets it in. opMu
+// and Server.mu are held.
+func (s *Server) expire(n *node, code wire.ErrorCode) {
 	n.expired = true
 	if n.stream != nil {
-		n.stream.end(wire.CodeNodeKeyExpired)
+		n.stream.end(code)
 	}
 	s.dropFormer(n)
 	s.member(n.Key, false)
@@ -279,6 +279,7 @@ func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury
 	s.nodes.remove(n)
 	s.deadline.drop(n)
 	delete(s.unsaved, id)
+	s.excuse(id)
 	if n.stream != nil {
 		code := wire.CodeNodeUnknown
 		if bury {

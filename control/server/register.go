@@ -238,19 +238,7 @@ func (s *Server) setExpiry(ctx context.Context, by string, id wire.NodeID, at ti
 	if n.Expires = at; !at.IsZero() {
 		n.KeyLife = 0
 	}
-	switch expired := expiredAt(at, now); {
-	case expired && !n.expired:
-		// It said so itself, or was told: no grace.
-		n.online, n.offlineAt, n.LastSeen = presenceOffline, time.Time{}, now
-		s.unsaved[id] = struct{}{}
-		s.expire(n)
-	case !expired && n.expired:
-		n.expired = false
-		s.member(n.Key, true)
-		s.entitle(n)
-	}
-	s.changed(n)
-	s.scheduleNode(n)
+	s.reconsider(n, wire.CodeNodeKeyExpired)
 	return nil
 }
 
@@ -265,6 +253,8 @@ func (s *Server) knownNode(c *client, req *wire.RegisterRequest) (*wire.Register
 		return nil, nil
 	case n.Machine != c.machine:
 		return nil, wire.ErrMachineMismatch
+	case s.suspended(&n.Node):
+		return nil, wire.ErrUserSuspended
 	case expiredAt(n.Expires, s.cfg.Now()):
 		return newKeyPlease(wire.CodeNodeKeyExpired), nil
 	}
@@ -327,9 +317,13 @@ func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, req *wir
 	now := s.cfg.Now()
 	s.mu.Lock()
 	n := s.nodes.byID[id]
-	if n == nil {
+	switch {
+	case n == nil:
 		s.mu.Unlock()
 		return nil, wire.ErrNodeUnknown
+	case s.suspended(&n.Node):
+		s.mu.Unlock()
+		return nil, wire.ErrUserSuspended
 	}
 	// Before anything changes: a copy that is no longer the node must not
 	// take its key away.
@@ -391,6 +385,9 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	now := s.cfg.Now()
 	s.mu.Lock()
 	tags, err := s.grantTags(e.tags, key)
+	if !s.users[key.User].Suspended.IsZero() {
+		err = wire.ErrUserSuspended
+	}
 	if err != nil {
 		s.mu.Unlock()
 		return 0, err

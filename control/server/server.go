@@ -125,6 +125,7 @@ type Server struct {
 	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
 	deadline deadlines
 	logins   logins
+	receipts receipts
 
 	transport transport
 	limit     limiter
@@ -155,6 +156,7 @@ func New(cfg Config) (*Server, error) {
 		kick:     make(chan struct{}, 1),
 	}
 	s.logins.init()
+	s.receipts.open = make(map[*receipt]struct{})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.limit.init(cfg.FailureRate, cfg.FailureBurst, cfg.Now)
 	if err := s.load(s.ctx); err != nil {
@@ -203,7 +205,7 @@ func (s *Server) load(ctx context.Context) error {
 	now := s.cfg.Now()
 	for i := range nodes {
 		n := s.nodes.add(nodes[i])
-		n.expired = expiredAt(n.Expires, now)
+		n.expired = s.outAt(&n.Node, now)
 		// Whoever was online gets time to come back before peers hear that
 		// it is not.
 		n.offlineAt = now.Add(max(s.cfg.OfflineGrace, 30*time.Second))

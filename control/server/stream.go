@@ -20,6 +20,8 @@ type stream struct {
 	// instance is the process that polls, "" = unknown.
 	instance string
 	wake     chan struct{} // buffered: pending is not empty
+	// reports is whether the node answers MeshMapVersion.
+	reports bool
 
 	pending pending // guarded by Server.mu
 
@@ -42,9 +44,12 @@ type pending struct {
 	filter bool
 	derp   bool
 	flows  bool // whether to report flows
-	ended  bool
-	code   wire.ErrorCode // why it ended, "" = replaced
-	last   *wire.Node     // with code: what the node is to think of itself, nil = as before
+	// version is what the node is to report when all this is in force; 0 =
+	// nobody asks.
+	version int64
+	ended   bool
+	code    wire.ErrorCode // why it ended, "" = replaced
+	last    *wire.Node     // with code: what the node is to think of itself, nil = as before
 }
 
 func newStream(id wire.NodeID, c *client) *stream {
@@ -150,6 +155,7 @@ type news struct {
 	rules    []wire.FilterRule // nil = not looked at
 	policy   int64
 	flows    *int
+	version  int64
 	ended    bool
 	code     wire.ErrorCode
 }
@@ -167,7 +173,7 @@ func (s *Server) collect(st *stream) (n news) {
 		// The node should hear of its expiry in the terms of the protocol too.
 		p = pending{self: true}
 	}
-	n.policy = s.policy.Version
+	n.policy, n.version = s.policy.Version, p.version
 	user := func(id wire.UserID) {
 		if p := s.profile(id); p != nil && st.profiles[id] != p {
 			n.profiles = append(n.profiles, *p)
@@ -297,6 +303,12 @@ func (st *stream) messages(n news) (out []*response, err error) {
 		}
 		out[len(out)-1].MeshReportFlows = n.flows
 	}
+	if n.version != 0 {
+		if len(out) == 0 {
+			out = append(out, new(response))
+		}
+		out[len(out)-1].MeshMapVersion = n.version
+	}
 	if n.ended && n.code != "" {
 		end := new(response)
 		if n.code == wire.CodeNodeRevoked && len(out) > 0 {
@@ -356,5 +368,6 @@ func (s *Server) firstMessage(st *stream, n news) (*response, error) {
 	m.Debug = &wire.Debug{DisableLogTail: true}
 	m.MeshPolicy = n.policy
 	m.MeshReportFlows = n.flows
+	m.MeshMapVersion = n.version
 	return m, nil
 }

@@ -23,6 +23,7 @@ const (
 	CodeVersionTooOld   ErrorCode = "version-too-old"
 	CodeRelayKeyUnknown ErrorCode = "relay-key-unknown"
 	CodeAddressesUsedUp ErrorCode = "addresses-used-up"
+	CodeUserSuspended   ErrorCode = "user-suspended"
 )
 
 // Errors behind the codes. Their texts say what to do next.
@@ -42,6 +43,7 @@ var (
 	ErrVersionTooOld   = errors.New("client is too old for this control server")
 	ErrRelayKeyUnknown = errors.New("unknown relay key: create one with `mesh key create --relay`")
 	ErrAddressesUsedUp = errors.New("no free mesh address left")
+	ErrUserSuspended   = errors.New("the user whom this node belongs to is suspended by an administrator")
 )
 
 var byCode = map[ErrorCode]error{
@@ -60,6 +62,7 @@ var byCode = map[ErrorCode]error{
 	CodeVersionTooOld:   ErrVersionTooOld,
 	CodeRelayKeyUnknown: ErrRelayKeyUnknown,
 	CodeAddressesUsedUp: ErrAddressesUsedUp,
+	CodeUserSuspended:   ErrUserSuspended,
 }
 
 // Err returns the error behind c, or nil if c is empty or unknown to us.

@@ -44,6 +44,12 @@ type MapRequest struct {
 	// MeshApplied reports the policy version of the newest netmap the node
 	// has in force.
 	MeshApplied int64 `json:",omitzero"`
+	// MeshReports says, in the request for a stream, that the node answers
+	// MapResponse.MeshMapVersion.
+	MeshReports bool `json:",omitzero"`
+	// MeshMapVersion is the newest version that MapResponse.MeshMapVersion
+	// named and that is in force at the node.
+	MeshMapVersion int64 `json:",omitzero"`
 	// MeshFlows are connection attempts that the node judged since its last
 	// report: only in lite updates, and only if the server asked for them.
 	MeshFlows []Flow `json:",omitempty"`
@@ -154,6 +160,10 @@ type MapResponse struct {
 	// MeshPolicy is the version of the policy that the peers and filters of
 	// this stream come from; 0 = unchanged.
 	MeshPolicy int64 `json:",omitempty"`
+	// MeshMapVersion names the map as it is with this message. The server
+	// wants to know when it is in force: with the node's next request, which
+	// is due. Sent only to nodes with MeshReports.
+	MeshMapVersion int64 `json:",omitzero"`
 	// MeshCode ends the stream for a reason that the node should act on, such
 	// as CodeNodeRevoked.
 	MeshCode ErrorCode `json:",omitempty"`

@@ -273,6 +273,9 @@ func (m *Map) applyRest(r *wire.MapResponse, d *Delta) {
 	if r.MeshPolicy != 0 {
 		m.policy = r.MeshPolicy
 	}
+	if r.MeshMapVersion != 0 {
+		m.version = r.MeshMapVersion
+	}
 	if len(r.UserProfiles) > 0 {
 		users := editor[wire.UserID, *wire.UserProfile]{table: m.users}
 		for i := range r.UserProfiles {

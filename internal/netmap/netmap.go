@@ -24,6 +24,7 @@ type Map struct {
 	relays  *wire.DERPMap
 	dns     *wire.DNSConfig
 	policy  int64
+	version int64         // as control last named it
 	offset  time.Duration // of control's clock from ours
 
 	chunks map[string][]wire.FilterRule
@@ -192,6 +193,10 @@ func (m *Map) Filter() []wire.FilterRule { return m.filter }
 // PolicyVersion returns the version of the policy behind peers and filter, 0 if
 // control did not say.
 func (m *Map) PolicyVersion() int64 { return m.policy }
+
+// Version is the number that control gave the map of this stream when it last
+// wanted to know what is in force, 0 if it did not.
+func (m *Map) Version() int64 { return m.version }
 
 // User returns the profile of a user.
 func (m *Map) User(id wire.UserID) (*wire.UserProfile, bool) {

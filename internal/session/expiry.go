@@ -56,6 +56,30 @@ func (s *Session) applyExpiry(now time.Time) {
 	s.maps.inForce = m
 }
 
+// shutOut puts all peers out of use while the control server refuses this node
+// for a time, as they do: what is said to them now gets no answer any more. The
+// next map lets them in again.
+func (s *Session) shutOut() {
+	s.applying.Lock()
+	defer s.applying.Unlock()
+	m := s.maps.inForce
+	if m == nil || m.NumPeers() == 0 {
+		return
+	}
+	r := m.Response()
+	r.Peers, r.PacketFilters = nil, map[string][]wire.FilterRule{"base": {}}
+	alone, _, err := netmap.Apply(nil, r)
+	if err == nil {
+		err = s.engine.Load().Apply(alone, netmap.Rebase(m, alone))
+	}
+	if err != nil {
+		s.log.Warn("peers are put out of use in part", zap.Error(err))
+	}
+	if alone != nil {
+		s.maps.inForce = alone
+	}
+}
+
 // clockCheck is how often clocks are looked at while some key is to expire: they
 // may be set, and timers stand still while a machine sleeps.
 const clockCheck = time.Minute

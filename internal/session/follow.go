@@ -304,11 +304,16 @@ func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.
 		Store:     keep,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
 			if s.apply(m, d) {
-				cs.SetApplied(m.PolicyVersion())
+				cs.SetApplied(m.PolicyVersion(), m.Version())
 			}
 			onMap()
 		},
-		OnState:   func(err error) { s.setTrouble(err) },
+		OnState: func(err error) {
+			s.setTrouble(err)
+			if errors.Is(err, wire.ErrUserSuspended) {
+				s.shutOut()
+			}
+		},
 		NoteFlows: func(on bool) { s.engine.Load().NoteFlows(on) },
 		Flows:     func() []wire.Flow { return s.engine.Load().Flows() },
 	})
