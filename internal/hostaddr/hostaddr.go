@@ -1,4 +1,5 @@
-// Package hostaddr lists the addresses of the host's network interfaces.
+// Package hostaddr lists the addresses of the host's network interfaces, and
+// tells when they change.
 package hostaddr
 
 import (

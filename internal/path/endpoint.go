@@ -170,7 +170,7 @@ func (p *Path) anyActive() bool {
 func (p *Path) gathered() {
 	p.evaluateHome()
 	p.flushCalls()
-	signal(p.report)
+	p.reporting.Ask()
 }
 
 // startRoundLocked begins a round of STUN.
@@ -353,7 +353,7 @@ func (p *Path) stunAnswer(from netip.AddrPort, b []byte) {
 	if settled {
 		p.gathered()
 	} else if changed {
-		signal(p.report)
+		p.reporting.Ask()
 	}
 	p.poke()
 }

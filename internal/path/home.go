@@ -233,7 +233,7 @@ func (p *Path) evaluateHome() {
 	if region != old {
 		p.greetPeers()
 		p.log.Debug("home relay", zap.Int("relay", region), zap.Int("was", old))
-		signal(p.report)
+		p.reporting.Ask()
 	}
 	if becameReady {
 		close(p.ready)

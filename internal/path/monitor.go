@@ -3,9 +3,12 @@ package path
 import (
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
+
+	"mesh/internal/hostaddr"
 )
 
 const (
@@ -17,72 +20,81 @@ const (
 	sleptFor    = 3 * time.Second       // a timer so late means that the process did not run
 )
 
-// networkEvents tells that interfaces, addresses or routes changed.
-type networkEvents struct {
-	changed chan netChange // capacity 1
-	close   func()
+// watch is what the loop knows of watching the host's network.
+type watch struct {
+	told  bool          // the system tells of changes; not changed once the loop runs
+	noted atomic.Uint32 // what it told since the last look: notedAddresses, notedRoute
+
+	// Of the loop alone.
+	changeAt instant // when to look because of what was told, 0 = nothing was
+	quietTo  instant // not before
+
+	pollAt instant // when to look anyway; guarded by Path.mu
 }
 
-// netChange says what changed.
-type netChange struct {
-	addresses bool // addresses or interfaces: worth a look
-	route     bool // a default route: everything goes another way
-}
+const (
+	notedAddresses = 1 << iota
+	notedRoute
+)
 
-func (c *netChange) add(d netChange) {
-	c.addresses = c.addresses || d.addresses
-	c.route = c.route || d.route
-}
-
-// monitor notices changes of the host's network until the path is closed: by
-// the events of the system where there are, otherwise by looking now and then.
-func (p *Path) monitor(events *networkEvents) {
-	var changed <-chan netChange
-	if events != nil {
-		changed = events.changed
+// noteChange is told by the system of changes of the host's network.
+func (p *Path) noteChange(c hostaddr.Change) {
+	var bits uint32
+	if c.Addresses {
+		bits |= notedAddresses
 	}
-	timer := time.NewTimer(pollIdle)
-	defer timer.Stop()
-	slow := true
-	for {
-		var c netChange
-		select {
-		case <-p.stir:
-			if slow && events == nil {
-				slow = false
-				timer.Reset(pollActive)
-			}
-			continue
-		case c = <-changed:
-			if !p.sleep(changeWait) {
-				return
-			}
-			select {
-			case more := <-changed:
-				c.add(more)
-			default:
-			}
-		case <-timer.C:
-		case <-p.ctx.Done():
-			return
-		}
-		if p.look(c.route) && !p.sleep(changeSpace) {
-			return
-		}
-		p.regatherSlowly()
-		p.poke() // it looks at the clock, see slept
-		wait := pollAnyway
-		if events == nil {
-			wait = pollIdle
-			p.mu.Lock()
-			if p.anyActive() {
-				wait = pollActive
-			}
-			p.mu.Unlock()
-			slow = wait == pollIdle
-		}
-		timer.Reset(wait)
+	if c.Route {
+		bits |= notedRoute
 	}
+	if bits != 0 && p.watch.noted.Or(bits)&bits != bits {
+		p.poke()
+	}
+}
+
+// stirLocked notes that a session has become active: where the system tells
+// nothing, interfaces are looked at more often.
+func (p *Path) stirLocked(now instant) {
+	if w := &p.watch; !w.told && w.pollAt > now+pollActive {
+		w.pollAt = now + pollActive
+		p.poke()
+	}
+}
+
+// dueWatch looks at the host's network if there is reason to, by the events of
+// the system where there are any and otherwise now and then. It returns when
+// that is due again.
+func (p *Path) dueWatch() (next instant) {
+	w := &p.watch
+	now := p.now()
+	if w.changeAt == 0 && w.noted.Load() != 0 {
+		w.changeAt = max(now+changeWait, w.quietTo)
+	}
+	p.mu.Lock()
+	next = w.pollAt
+	p.mu.Unlock()
+	if w.changeAt != 0 {
+		next = min(next, w.changeAt)
+	}
+	if now < next {
+		return next
+	}
+	route := w.noted.Swap(0)&notedRoute != 0
+	w.changeAt = 0
+	if p.look(route) {
+		w.quietTo = p.now() + changeSpace
+	}
+	p.regatherSlowly()
+	wait := pollAnyway
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !w.told {
+		wait = pollIdle
+		if p.anyActive() {
+			wait = pollActive
+		}
+	}
+	w.pollAt = p.now() + wait
+	return w.pollAt
 }
 
 // regatherSlowly has the endpoints of an idle node gathered now and then.

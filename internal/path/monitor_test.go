@@ -1,8 +1,6 @@
 package path
 
 import (
-	"bytes"
-	"encoding/binary"
 	"testing"
 	"time"
 
@@ -117,81 +115,6 @@ func TestClock(t *testing.T) {
 			t.Errorf("%s: %v", c.name, got)
 		}
 	}
-}
-
-// nlMessage makes a netlink message, its length included.
-func nlMessage(kind uint16, body ...byte) []byte {
-	b := make([]byte, nlHeaderLen, nlHeaderLen+len(body))
-	binary.NativeEndian.PutUint32(b, uint32(nlHeaderLen+len(body)))
-	binary.NativeEndian.PutUint16(b[4:], kind)
-	b = append(b, body...)
-	return append(b, make([]byte, (4-len(b)%4)%4)...)
-}
-
-// nlRoute makes the body of a route message.
-func nlRoute(dstLen, table byte, attrs ...[]byte) []byte {
-	b := make([]byte, routeHeaderLen)
-	b[0], b[1], b[4] = 2, dstLen, table
-	for _, a := range attrs {
-		b = append(b, a...)
-	}
-	return b
-}
-
-func nlAttr(kind uint16, value ...byte) []byte {
-	b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(value)))
-	b = binary.NativeEndian.AppendUint16(b, kind)
-	b = append(b, value...)
-	return append(b, make([]byte, (4-len(b)%4)%4)...)
-}
-
-func TestNetlink(t *testing.T) {
-	gateway := nlAttr(rtaGateway, 192, 0, 2, 1)
-	route := nlRoute(0, mainTable, gateway, nlAttr(rtaOif, 2, 0, 0, 0))
-	var p netlinkParser
-	for i, c := range []struct {
-		in   []byte
-		want netChange
-	}{
-		{nil, netChange{}},
-		{nlMessage(nlError, 0, 0, 0, 0), netChange{}},
-		{nlMessage(rtmNewLink, make([]byte, 16)...), netChange{addresses: true}},
-		{nlMessage(rtmDelAddr, make([]byte, 8)...), netChange{addresses: true}},
-		{nlMessage(rtmNewRoute, route...), netChange{route: true}},
-		{nlMessage(rtmNewRoute, route...), netChange{}}, // said before
-		{nlMessage(rtmDelRoute, route...), netChange{route: true}},
-		{nlMessage(rtmNewRoute, route...), netChange{route: true}},
-		{nlMessage(rtmNewRoute, nlRoute(24, mainTable, gateway)...), netChange{}},                                               // no default
-		{nlMessage(rtmNewRoute, nlRoute(0, 255, gateway)...), netChange{}},                                                      // another table
-		{nlMessage(rtmNewRoute, nlRoute(0, 0, nlAttr(rtaTable, binary.NativeEndian.AppendUint32(nil, 99)...))...), netChange{}}, // named apart
-		{nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaGateway, 192, 0, 2, 9))...), netChange{route: true}},
-		{append(nlMessage(rtmNewAddr, 1, 2, 3), nlMessage(rtmDelRoute, route...)...), netChange{addresses: true, route: true}},
-		{nlMessage(rtmNewRoute, route...)[:20], netChange{}},
-		{nlMessage(rtmNewRoute, route[:5]...), netChange{}},
-		{bytes.Repeat([]byte{0xff}, 64), netChange{}},
-		{make([]byte, 64), netChange{}},
-	} {
-		if got := p.parse(c.in); got != c.want {
-			t.Errorf("%d: %+v, want %+v", i, got, c.want)
-		}
-	}
-	for i := range 1000 {
-		p.parse(nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaOif, byte(i), byte(i>>8), 0, 0))...))
-	}
-	if len(p.routes) > maxRoutes {
-		t.Errorf("%d routes remembered", len(p.routes))
-	}
-}
-
-func FuzzNetlink(f *testing.F) {
-	f.Add(nlMessage(rtmNewRoute, nlRoute(0, mainTable, nlAttr(rtaGateway, 1, 2, 3, 4))...))
-	f.Add(nlMessage(rtmDelLink, 1, 2, 3))
-	f.Add([]byte{1, 0, 0, 0, 24, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var p netlinkParser
-		p.parse(b)
-		p.parse(b)
-	})
 }
 
 // TestSystemEvents opens and closes what the system has, and leaves nothing.

@@ -27,6 +27,7 @@ import (
 	"mesh/derp"
 	"mesh/identity"
 	"mesh/internal/disco"
+	"mesh/internal/errand"
 	"mesh/internal/hostaddr"
 )
 
@@ -145,18 +146,18 @@ type Path struct {
 	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
 	ways   atomic.Pointer[ways]    // nil = none; written under bindMu
 
-	events *networkEvents // nil = none
-	broken atomic.Bool    // a socket failed
+	watch     watch
+	unwatch   func()      // nil = the system tells nothing
+	broken    atomic.Bool // a socket failed
+	reporting *errand.Errand
+	reported  *Report // the last; nil = none
 
-	closeEvents sync.Once
-	counts      counters
+	counts counters
 
 	homeNow atomic.Int32 // home.region, for those who hold no lock
 
-	wake   chan struct{} // capacity 1; the loop looks at its deadlines again
-	report chan struct{} // capacity 1; the report may have changed
-	stir   chan struct{} // capacity 1; a session became active
-	ready  chan struct{} // closed when the node is reachable
+	wake  chan struct{} // capacity 1; the loop looks at its deadlines again
+	ready chan struct{} // closed when the node is reachable
 
 	bindMu sync.Mutex // guards opening and closing of sockets; taken before mu
 	closed bool       // under bindMu
@@ -198,7 +199,7 @@ func New(cfg Config) (*Path, error) {
 		cfg.Logger = zap.NewNop()
 	}
 	if cfg.Interfaces == nil {
-		cfg.Interfaces = hostaddr.Up
+		cfg.Interfaces = hostaddr.Recent
 	}
 	p := &Path{
 		cfg:    cfg,
@@ -207,13 +208,12 @@ func New(cfg Config) (*Path, error) {
 		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
 		epoch:  time.Now().Add(-epochAge),
 		wake:   make(chan struct{}, 1),
-		report: make(chan struct{}, 1),
-		stir:   make(chan struct{}, 1),
 		ready:  make(chan struct{}),
 		calls:  make(map[*peer]struct{}),
 		meets:  make(map[*peer]lateMeet),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.reporting = errand.New(p.tellReport)
 	p.peers.init()
 	p.home.init()
 	p.ends.init()
@@ -234,15 +234,15 @@ func New(cfg Config) (*Path, error) {
 			return nil, err
 		}
 	}
+	p.watch.pollAt = p.now() + pollIdle
 	if watches {
 		var err error
-		if p.events, err = watchNetwork(); err != nil {
+		if p.unwatch, err = hostaddr.Watch(p.noteChange); err != nil {
 			p.log.Debug("no events of network changes", zap.Error(err))
 		}
+		p.watch.told = err == nil
 	}
 	p.wg.Go(p.loop)
-	p.wg.Go(p.reporter)
-	p.wg.Go(func() { p.monitor(p.events) })
 	return p, nil
 }
 
@@ -393,8 +393,9 @@ func (p *Path) Close() error {
 	p.bindMu.Unlock()
 	p.relays.close()
 	p.wg.Wait()
-	if p.events != nil {
-		p.closeEvents.Do(p.events.close)
+	p.reporting.Close()
+	if p.unwatch != nil {
+		p.unwatch()
 	}
 	return nil
 }
@@ -424,19 +425,17 @@ func (p *Path) loop() {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var c clock
-	var next instant // 0 = no timer
+	var next instant // 0 = not known yet
 	for {
 		if c.slept(p.now(), next, time.Now()) {
 			p.log.Debug("the host or this process slept")
 			p.NetworkChanged()
 		}
-		var ok bool
-		if next, ok = p.due(p.now()); ok {
-			timer.Reset(max(next-p.now(), 0))
-		} else {
-			timer.Stop()
-			next = 0
+		next = p.dueWatch()
+		if at, ok := p.due(p.now()); ok {
+			next = min(next, at)
 		}
+		timer.Reset(max(next-p.now(), 0))
 		select {
 		case <-timer.C:
 		case <-p.wake:

@@ -220,7 +220,7 @@ func (p *Path) probe(pe *peer, now instant) {
 		return
 	}
 	if !pe.ch.active {
-		signal(p.stir)
+		p.stirLocked(now)
 		pe.ch.meet.able = p.ends.natted && p.relayOf(pe) != 0
 	}
 	pe.ch.sent(now, &p.budget, &out)

@@ -8,23 +8,15 @@ import (
 	"mesh/control/wire"
 )
 
-// reporter calls Report when there is something new.
-func (p *Path) reporter() {
-	var last Report
-	first := true
-	for {
-		select {
-		case <-p.report:
-		case <-p.ctx.Done():
-			return
-		}
-		r, ok := p.snapshot()
-		if !ok || p.cfg.Report == nil || !first && same(last, r) {
-			continue
-		}
-		first, last = false, r
-		p.cfg.Report(r)
+// tellReport calls Report if there is something new. It is the errand of
+// p.reporting, which alone uses p.reported.
+func (p *Path) tellReport() {
+	r, ok := p.snapshot()
+	if !ok || p.cfg.Report == nil || p.ctx.Err() != nil || p.reported != nil && same(*p.reported, r) {
+		return
 	}
+	p.reported = &r
+	p.cfg.Report(r)
 }
 
 // same reports whether control need not hear of b after a. Latencies change

@@ -63,7 +63,7 @@ func (p *Path) SetEndpoints(list []Endpoint) {
 	p.mu.Unlock()
 	if settled {
 		p.flushCalls()
-		signal(p.report)
+		p.reporting.Ask()
 	}
 }
 

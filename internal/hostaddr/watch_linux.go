@@ -1,4 +1,4 @@
-package path
+package hostaddr
 
 import (
 	"errors"
@@ -7,8 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// watchNetwork opens the kernel's stream of changes.
-func watchNetwork() (*networkEvents, error) {
+// listen opens the kernel's stream of changes and hands what it tells to notify,
+// on a goroutine of its own, until end is called, which waits for that.
+func listen(notify func(Change)) (end func(), err error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
@@ -19,40 +20,29 @@ func watchNetwork() (*networkEvents, error) {
 		return nil, os.NewSyscallError("bind", err)
 	}
 	f := os.NewFile(uintptr(fd), "netlink")
-	e := &networkEvents{changed: make(chan netChange, 1)}
 	done := make(chan struct{})
-	e.close = func() {
-		f.Close()
-		<-done
-	}
 	go func() {
 		defer close(done)
 		var parser netlinkParser
 		buf := make([]byte, 16<<10)
 		for {
 			n, err := f.Read(buf)
-			var c netChange
+			var c Change
 			switch {
 			case err == nil:
 				c = parser.parse(buf[:n])
 			case errors.Is(err, unix.ENOBUFS):
-				c = netChange{addresses: true, route: true} // some were lost
+				c = Change{Addresses: true, Route: true} // some were lost
 			default:
 				return
 			}
-			if c == (netChange{}) {
-				continue
-			}
-			select {
-			case e.changed <- c:
-			case old := <-e.changed:
-				old.add(c)
-				select { // nobody else sends
-				case e.changed <- old:
-				default:
-				}
+			if c != (Change{}) {
+				notify(c)
 			}
 		}
 	}()
-	return e, nil
+	return func() {
+		f.Close()
+		<-done
+	}, nil
 }

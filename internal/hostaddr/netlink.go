@@ -1,4 +1,4 @@
-package path
+package hostaddr
 
 import "encoding/binary"
 
@@ -32,7 +32,7 @@ type netlinkParser struct {
 
 // parse returns what the messages of one datagram say. Malformed ones are
 // skipped.
-func (p *netlinkParser) parse(b []byte) (c netChange) {
+func (p *netlinkParser) parse(b []byte) (c Change) {
 	for len(b) >= nlHeaderLen {
 		n := int(binary.NativeEndian.Uint32(b))
 		if n < nlHeaderLen || n > len(b) {
@@ -41,10 +41,10 @@ func (p *netlinkParser) parse(b []byte) (c netChange) {
 		kind, body := binary.NativeEndian.Uint16(b[4:]), b[nlHeaderLen:n]
 		switch kind {
 		case rtmNewLink, rtmDelLink, rtmNewAddr, rtmDelAddr:
-			c.addresses = true
+			c.Addresses = true
 		case rtmNewRoute, rtmDelRoute:
 			if key, ok := defaultRoute(body); ok && p.note(key, kind == rtmNewRoute) {
-				c.route = true
+				c.Route = true
 			}
 		}
 		b = b[min((n+3)&^3, len(b)):]
