@@ -32,6 +32,7 @@ var errNoSocket = errors.New("no UDP socket of this address family")
 // readUDP delivers what comes to a socket until it is closed.
 func (p *Path) readUDP(s *socket) {
 	r := s.reader()
+	defer r.release()
 	var failed time.Duration
 	for {
 		datagrams, from, err := r.read()

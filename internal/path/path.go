@@ -133,6 +133,7 @@ const maxSecrets = 4096
 type Path struct {
 	cfg    Config
 	log    *zap.Logger
+	listen func(ctx context.Context, open listenFunc, port uint16) (*sockets, error)
 	pub    identity.NodePublic
 	sealer *disco.Sealer
 	epoch  time.Time
@@ -186,8 +187,10 @@ func New(cfg Config) (*Path, error) {
 	}
 	// Whoever brings sockets of his own may be in another network than the host.
 	watches := cfg.Interfaces == nil && cfg.ListenUDP == nil
+	listen := openSockets
 	if cfg.ListenUDP == nil {
 		cfg.ListenUDP = new(net.ListenConfig).ListenPacket
+		listen = openHost
 	}
 	if cfg.DialTCP == nil {
 		cfg.DialTCP = new(net.Dialer).DialContext
@@ -204,6 +207,7 @@ func New(cfg Config) (*Path, error) {
 	p := &Path{
 		cfg:    cfg,
 		log:    cfg.Logger,
+		listen: listen,
 		pub:    cfg.Key.Public(),
 		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
 		epoch:  time.Now().Add(-epochAge),
@@ -257,7 +261,7 @@ func (p *Path) openUDPLocked(port uint16) error {
 	if p.closed {
 		return net.ErrClosed
 	}
-	s, err := openSockets(p.ctx, p.cfg.ListenUDP, port)
+	s, err := p.listen(p.ctx, p.cfg.ListenUDP, port)
 	if err != nil {
 		return err
 	}

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 const (
@@ -24,14 +26,14 @@ const (
 	socketBytes = 7 << 20
 )
 
-// sockets are the node's UDP sockets; either may be nil.
+// sockets are the node's UDP sockets; either may be nil, and both may be one.
 type sockets struct{ v4, v6 *socket }
 
 func (s *sockets) each(do func(*socket)) {
 	if s.v4 != nil {
 		do(s.v4)
 	}
-	if s.v6 != nil {
+	if s.v6 != nil && s.v6 != s.v4 {
 		do(s.v6)
 	}
 }
@@ -51,9 +53,10 @@ func (s *sockets) port6() uint16 { return s.v6.localPort() }
 // way where the system can.
 type socket struct {
 	pc  net.PacketConn
-	udp *net.UDPConn // pc, if it is one
-	gro bool         // reads may return trains
-	gso atomic.Bool  // writes may take trains
+	udp *net.UDPConn    // pc, if it is one
+	raw syscall.RawConn // of udp; nil = there is no waiting without a buffer
+	gro bool            // reads may return trains
+	gso atomic.Bool     // writes may take trains
 }
 
 func (s *socket) localPort() uint16 {
@@ -70,6 +73,9 @@ func newSocket(pc net.PacketConn) *socket {
 	s := &socket{pc: pc}
 	if u, ok := pc.(*net.UDPConn); ok {
 		s.udp = u
+		if canAwait {
+			s.raw, _ = u.SyscallConn() // nil if there is an error
+		}
 		// Best effort: the system's limits may be lower.
 		u.SetReadBuffer(socketBytes)
 		u.SetWriteBuffer(socketBytes)
@@ -82,8 +88,24 @@ func newSocket(pc net.PacketConn) *socket {
 	return s
 }
 
+// listenFunc opens a UDP socket; see Config.ListenUDP.
+type listenFunc = func(ctx context.Context, network, addr string) (net.PacketConn, error)
+
+// openHost opens one socket of the host for both families, or one for each where
+// that cannot be had.
+func openHost(ctx context.Context, listen listenFunc, port uint16) (*sockets, error) {
+	if pc, err := listen(ctx, "udp", ":"+strconv.Itoa(int(port))); err == nil {
+		if a, ok := pc.LocalAddr().(*net.UDPAddr); ok && a.IP.To4() == nil {
+			s := newSocket(pc)
+			return &sockets{s, s}, nil
+		}
+		pc.Close()
+	}
+	return openSockets(ctx, listen, port)
+}
+
 // openSockets opens the sockets on one port if it can. A port of 0 is any.
-func openSockets(ctx context.Context, listen func(ctx context.Context, network, addr string) (net.PacketConn, error), port uint16) (*sockets, error) {
+func openSockets(ctx context.Context, listen listenFunc, port uint16) (*sockets, error) {
 	var lastErr error
 	// The port that the system chose for IPv4 may be taken for IPv6.
 	for attempt := range 4 {
@@ -115,16 +137,25 @@ func openSockets(ctx context.Context, listen func(ctx context.Context, network, 
 
 func joinHostPort(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
 
+// buffers are for reading. Readers borrow them while datagrams come: a process
+// may hold many nodes, most of which hear nothing most of the time.
+var buffers = sync.Pool{New: func() any { return new([maxDatagram]byte) }}
+
+// keepBuffer is how long a reader keeps its buffer when nothing comes, at least.
+const keepBuffer = time.Second
+
 // reader reads datagrams from one socket; of one goroutine.
 type reader struct {
-	s   *socket
-	buf []byte
-	oob []byte
-	out [][]byte
+	s    *socket
+	buf  []byte             // nil = given back
+	lent *[maxDatagram]byte // buf, if it is borrowed
+	busy bool               // something came since the deadline was set
+	oob  []byte
+	out  [][]byte
 }
 
 func (s *socket) reader() *reader {
-	r := &reader{s: s, buf: make([]byte, maxDatagram)}
+	r := &reader{s: s}
 	if s.gro {
 		r.oob = make([]byte, oobLen)
 	}
@@ -134,7 +165,66 @@ func (s *socket) reader() *reader {
 // read waits for datagrams; those it returns are of one source and valid until
 // the next read.
 func (r *reader) read() (datagrams [][]byte, from netip.AddrPort, err error) {
-	n, size := 0, 0
+	for {
+		if r.buf == nil {
+			if err := r.borrow(); err != nil {
+				return nil, from, err
+			}
+		}
+		n, size, from, err := r.receive()
+		switch {
+		case err == nil:
+			r.busy = true
+			r.out = r.out[:0]
+			b := r.buf[:n]
+			for size > 0 && len(b) > size {
+				r.out = append(r.out, b[:size:size])
+				b = b[size:]
+			}
+			return append(r.out, b[:len(b):len(b)]), unmap(from), nil
+		case r.s.raw == nil || !errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, from, err
+		case r.busy:
+			r.lend()
+		default:
+			r.release()
+		}
+	}
+}
+
+// borrow waits until there is something to read, where that can be known, and
+// takes a buffer.
+func (r *reader) borrow() error {
+	if r.s.raw != nil {
+		r.s.udp.SetReadDeadline(time.Time{})
+		if err := r.s.raw.Read(readable); err != nil {
+			return err
+		}
+	}
+	r.lent = buffers.Get().(*[maxDatagram]byte)
+	r.buf = r.lent[:]
+	r.lend()
+	return nil
+}
+
+// lend has the buffer go back after a while without datagrams.
+func (r *reader) lend() {
+	r.busy = false
+	if r.s.raw != nil {
+		r.s.udp.SetReadDeadline(time.Now().Add(keepBuffer))
+	}
+}
+
+// release gives the buffer back; what read returned is void.
+func (r *reader) release() {
+	if r.lent != nil {
+		buffers.Put(r.lent)
+		r.buf, r.lent, r.out = nil, nil, nil
+	}
+}
+
+// receive reads once. A size is that of the datagrams of a train.
+func (r *reader) receive() (n, size int, from netip.AddrPort, err error) {
 	switch {
 	case r.s.gro:
 		var oobn int
@@ -151,16 +241,7 @@ func (r *reader) read() (datagrams [][]byte, from netip.AddrPort, err error) {
 			from = u.AddrPort()
 		}
 	}
-	if err != nil {
-		return nil, from, err
-	}
-	r.out = r.out[:0]
-	b := r.buf[:n]
-	for size > 0 && len(b) > size {
-		r.out = append(r.out, b[:size:size])
-		b = b[size:]
-	}
-	return append(r.out, b[:len(b):len(b)]), unmap(from), nil
+	return n, size, from, err
 }
 
 // write sends datagrams to one destination.

@@ -2,6 +2,7 @@ package path
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -233,4 +234,43 @@ func b2i(b bool) int {
 		return 1
 	}
 	return 0
+}
+
+// A reader that heard nothing for a while waits without a buffer, and goes on.
+func TestReaderLends(t *testing.T) {
+	if !canAwait {
+		t.Skip("cannot wait without a buffer here")
+	}
+	from, to := loopbackSocket(t), loopbackSocket(t)
+	dst := to.pc.LocalAddr().(*net.UDPAddr).AddrPort()
+	r := to.reader()
+	next := func(want string) {
+		t.Helper()
+		if err := from.write(dst, [][]byte{[]byte(want)}); err != nil {
+			t.Fatal(err)
+		}
+		got, _, err := r.read()
+		if err != nil || len(got) != 1 || string(got[0]) != want {
+			t.Fatalf("%q, %v, want %q", got, err, want)
+		}
+	}
+	if r.buf != nil {
+		t.Error("a buffer before there is anything to read")
+	}
+	next("one")
+	to.udp.SetReadDeadline(time.Unix(1, 0)) // nothing came for a while, but before that
+	next("two")
+	r.release()
+	next("three")
+	r.busy = false
+	to.udp.SetReadDeadline(time.Unix(1, 0))
+	next("four")
+	r.release()
+	if r.buf != nil || r.lent != nil {
+		t.Error("the buffer is not given back")
+	}
+	to.pc.Close()
+	if _, _, err := r.read(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("read of a closed socket: %v", err)
+	}
 }
