@@ -259,12 +259,21 @@ func fuzzMachine(f *testing.F) (*world, *client, identity.NodePublic) {
 }
 
 func serve(w *world, c *client, path string, body []byte) *httptest.ResponseRecorder {
-	// A stream ends after its first message: the recorder knows no deadlines.
-	r := httptest.NewRequest("POST", path, bytes.NewReader(body))
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	r := httptest.NewRequestWithContext(ctx, "POST", path, bytes.NewReader(body))
 	rec := httptest.NewRecorder()
-	w.s.serveMachine(rec, r, c)
+	w.s.serveMachine(oneMessage{rec, cancel}, r, c)
 	return rec
 }
+
+// oneMessage ends a stream after its first message.
+type oneMessage struct {
+	*httptest.ResponseRecorder
+	cancel func()
+}
+
+func (w oneMessage) Flush() { w.cancel() }
 
 func FuzzMapRequest(f *testing.F) {
 	w, c, key := fuzzMachine(f)

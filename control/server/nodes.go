@@ -59,26 +59,43 @@ func (p presence) wire() *bool {
 // encoded at most once for all who get it.
 type view struct {
 	node wire.Node
-	// prev is the view before this one, nil if that one is itself outdated.
-	// Guarded by Server.mu.
-	prev *view
-	// patch leads from prev to here; nil if only the whole node says it.
-	patch *wire.PeerChange
 
-	once      sync.Once
-	json      json.RawMessage
-	patchOnce sync.Once
-	patchJSON json.RawMessage
+	once sync.Once
+	json []byte
+
+	mu      sync.Mutex       // guards patches
+	patches map[int64][]byte // from views by their serial, nil = there is none
+	serial  int64            // no two views have the same
 }
 
-func (v *view) encoded() json.RawMessage {
+func (v *view) encoded() []byte {
 	v.once.Do(func() { v.json, _ = json.Marshal(&v.node) })
 	return v.json
 }
 
-func (v *view) encodedPatch() json.RawMessage {
-	v.patchOnce.Do(func() { v.patchJSON, _ = json.Marshal(v.patch) })
-	return v.patchJSON
+// mostPatches bounds from how many older views patches are kept: readers are
+// rarely more than some changes behind.
+const mostPatches = 8
+
+// patchFrom returns the patch that leads from had to v, or nil if only the whole
+// node says it. It is made once for all who know the same.
+func (v *view) patchFrom(had *view) []byte {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if b, ok := v.patches[had.serial]; ok {
+		return b
+	}
+	var b []byte
+	if p := patch(&had.node, &v.node); p != nil {
+		b, _ = json.Marshal(p)
+	}
+	if len(v.patches) < mostPatches {
+		if v.patches == nil {
+			v.patches = make(map[int64][]byte)
+		}
+		v.patches[had.serial] = b
+	}
+	return b
 }
 
 // registry holds the nodes by what they are looked up by. It is guarded by
@@ -294,12 +311,8 @@ func (s *Server) refresh(n *node) bool {
 	if n.view != nil && reflect.DeepEqual(n.view.node, w) {
 		return false
 	}
-	v := &view{node: w, prev: n.view}
-	if n.view != nil {
-		n.view.prev = nil
-		v.patch = patch(&n.view.node, &w)
-	}
-	n.view = v
+	s.views++
+	n.view = &view{node: w, serial: s.views}
 	return true
 }
 

@@ -2,16 +2,12 @@ package server
 
 import (
 	"context"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"net/http"
 	"slices"
-	"sync"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"go.uber.org/zap"
 
 	"mesh/control/store"
@@ -173,7 +169,9 @@ func (s *Server) fetch(w http.ResponseWriter, c *client, req *wire.MapRequest) {
 	s.mu.Unlock()
 	m, err := s.firstMessage(st, fresh)
 	if err == nil {
-		err = newFramer(w, req, s.cfg.WriteTimeout).send(m)
+		f := s.newFramer(w, req.Compress, c)
+		defer f.close()
+		err = f.sendMap(m)
 	}
 	if err != nil {
 		s.log.Debug("map answer was not delivered", zap.Error(err))
@@ -192,10 +190,11 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 		return
 	}
 	defer s.detach(st)
-	f := newFramer(w, req, s.cfg.WriteTimeout)
+	f := s.newFramer(w, req.Compress, c)
+	defer f.close()
 	m, err := s.firstMessage(st, fresh)
 	if err == nil {
-		err = f.send(m)
+		err = f.sendMap(m)
 	}
 	for err == nil {
 		err = s.next(r.Context(), st, f)
@@ -223,7 +222,7 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-idle.C:
-			return f.send(&response{MapResponse: wire.MapResponse{KeepAlive: true}})
+			return f.send(&wire.MapResponse{KeepAlive: true})
 		case <-st.wake:
 		}
 		// What is rare goes out at once; what comes in bursts goes out together.
@@ -244,7 +243,7 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 			return err
 		}
 		for _, m := range msgs {
-			if err := f.send(m); err != nil {
+			if err := f.sendMap(m); err != nil {
 				return err
 			}
 			st.spoke = time.Now()
@@ -343,56 +342,4 @@ func (s *Server) detach(st *stream) {
 	n.offlineAt = now.Add(s.cfg.OfflineGrace)
 	s.unsaved[n.ID] = struct{}{}
 	s.scheduleNode(n)
-}
-
-// framer writes messages in the form of a map stream.
-type framer struct {
-	w       http.ResponseWriter
-	rc      *http.ResponseController
-	zstd    bool
-	timeout time.Duration
-	buf     []byte
-}
-
-func newFramer(w http.ResponseWriter, req *wire.MapRequest, timeout time.Duration) *framer {
-	return &framer{w: w, rc: http.NewResponseController(w), zstd: req.Compress == "zstd", timeout: timeout}
-}
-
-// encoder is shared by all streams: EncodeAll is safe for that, and each
-// message is a frame of its own.
-var encoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(512<<10), zstd.WithEncoderConcurrency(2))
-	if err != nil {
-		panic("server: zstd: " + err.Error()) // the options are constants
-	}
-	return e
-})
-
-// send writes one message and sees to it that it leaves. A reader that takes
-// nothing for the timeout ends the stream.
-func (f *framer) send(v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	f.buf = append(f.buf[:0], 0, 0, 0, 0)
-	if f.zstd {
-		f.buf = encoder().EncodeAll(b, f.buf)
-	} else {
-		f.buf = append(f.buf, b...)
-	}
-	binary.LittleEndian.PutUint32(f.buf, uint32(len(f.buf)-4))
-	if f.timeout > 0 {
-		f.rc.SetWriteDeadline(time.Now().Add(f.timeout))
-	}
-	if _, err := f.w.Write(f.buf); err != nil {
-		return err
-	}
-	if err := f.rc.Flush(); err != nil {
-		return err
-	}
-	if cap(f.buf) > 64<<10 {
-		f.buf = nil // the first message is large, the others are not
-	}
-	return f.rc.SetWriteDeadline(time.Time{})
 }

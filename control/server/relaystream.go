@@ -36,7 +36,8 @@ func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
 		refuse(w, err)
 		return
 	}
-	f := newFramer(w, &wire.MapRequest{}, s.cfg.WriteTimeout)
+	f := s.newFramer(w, "", c)
+	defer f.close()
 	if req.Leaving {
 		if err := s.leaveRelay(req.NodeKey, key.ID); err != nil {
 			http.Error(w, "no such relay", http.StatusNotFound)

@@ -124,6 +124,8 @@ type Server struct {
 	members  map[*subscriber]struct{}
 	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
 	deadline deadlines
+	views    int64 // how many were made
+	shared   memo  // has its own lock
 	logins   logins
 	receipts receipts
 

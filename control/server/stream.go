@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"net/netip"
@@ -135,13 +136,12 @@ func (s *Server) affected(subject wire.NodeID, ids []wire.NodeID) {
 	}
 }
 
-// response is a MapResponse whose nodes are encoded already. The members here
-// stand before those of the same name in MapResponse.
-type response struct {
-	wire.MapResponse
-	Peers             []json.RawMessage `json:",omitempty"`
-	PeersChanged      []json.RawMessage `json:",omitempty"`
-	PeersChangedPatch []json.RawMessage `json:",omitempty"`
+// step leads from what a node knows of a peer to what it should know; whole says
+// all of that.
+type step struct{ from, to, whole *view }
+
+func sortViews(list []*view) {
+	slices.SortFunc(list, func(a, b *view) int { return cmp.Compare(a.node.ID, b.node.ID) })
 }
 
 // news is what a stream found under the lock and encodes after it.
@@ -149,7 +149,7 @@ type news struct {
 	self     *wire.Node
 	derp     *wire.DERPMap
 	whole    []*view // to send as nodes
-	patched  []*view // to send as patches
+	patched  []step  // to send as patches, where that can be
 	removed  []wire.NodeID
 	profiles []wire.UserProfile
 	rules    []wire.FilterRule // nil = not looked at
@@ -210,8 +210,8 @@ func (s *Server) collect(st *stream) (n news) {
 		switch {
 		case had == v && same:
 			return
-		case had != nil && v.prev == had && v.patch != nil && same:
-			n.patched = append(n.patched, v)
+		case had != nil && same:
+			n.patched = append(n.patched, step{had, v, v.with(routes)})
 		default:
 			n.whole = append(n.whole, v.with(routes))
 		}
@@ -276,22 +276,23 @@ func (st *stream) messages(n news) (out []*response, err error) {
 		out = append(out, m)
 		m = new(response)
 	}
-	for _, v := range n.whole {
-		m.PeersChanged = append(m.PeersChanged, v.encoded())
+	// In one order for all, so that equal news are equal messages.
+	slices.SortFunc(n.patched, func(a, b step) int { return cmp.Compare(a.to.node.ID, b.to.node.ID) })
+	for _, p := range n.patched {
+		if b := p.to.patchFrom(p.from); b != nil {
+			m.patches = append(m.patches, b)
+		} else {
+			n.whole = append(n.whole, p.whole)
+		}
 	}
-	for _, v := range n.patched {
-		m.PeersChangedPatch = append(m.PeersChangedPatch, v.encodedPatch())
-	}
+	sortViews(n.whole)
+	m.whole = n.whole
 	m.PeersRemoved = n.removed
-	filter, err := st.newFilter(n.rules)
-	if err != nil {
+	if m.filter, err = st.newFilter(n.rules); err != nil {
 		return nil, err
 	}
-	if filter {
-		m.PacketFilters = map[string][]wire.FilterRule{"base": n.rules}
-	}
 	m.UserProfiles = n.profiles
-	if filter || len(n.whole)+len(n.patched)+len(n.removed)+len(n.profiles) > 0 {
+	if m.filter != nil || len(n.whole)+len(n.patched)+len(n.removed)+len(n.profiles) > 0 {
 		if st.policy != n.policy {
 			st.policy, m.MeshPolicy = n.policy, n.policy
 		}
@@ -321,21 +322,22 @@ func (st *stream) messages(n news) (out []*response, err error) {
 	return out, nil
 }
 
-// newFilter reports whether the node does not have these rules yet.
-func (st *stream) newFilter(rules []wire.FilterRule) (bool, error) {
+// newFilter returns the rules as they are sent, nil if the node has them
+// already.
+func (st *stream) newFilter(rules []wire.FilterRule) ([]byte, error) {
 	if rules == nil {
-		return false, nil
+		return nil, nil
 	}
 	b, err := json.Marshal(rules)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	sum := sha256.Sum256(b)
 	if bytes.Equal(sum[:], st.filter[:]) {
-		return false, nil
+		return nil, nil
 	}
 	st.filter = sum
-	return true, nil
+	return b, nil
 }
 
 // first returns the complete message that starts a stream. Server.mu is held;
@@ -348,16 +350,14 @@ func (s *Server) first(st *stream) news {
 
 // firstMessage encodes the news of first.
 func (s *Server) firstMessage(st *stream, n news) (*response, error) {
-	if _, err := st.newFilter(n.rules); err != nil {
+	m := &response{full: true, whole: n.whole}
+	sortViews(m.whole)
+	var err error
+	if m.filter, err = st.newFilter(n.rules); err != nil {
 		return nil, err
 	}
 	st.policy = n.policy
-	m := new(response)
 	m.Node, m.DERPMap = n.self, n.derp
-	for _, v := range n.whole {
-		m.Peers = append(m.Peers, v.encoded())
-	}
-	m.PacketFilters = map[string][]wire.FilterRule{"base": n.rules}
 	m.UserProfiles = n.profiles
 	m.Domain = s.cfg.Domain
 	m.DNSConfig = &wire.DNSConfig{Proxied: true, Domains: []string{s.cfg.Domain}}
