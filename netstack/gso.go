@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"encoding/binary"
+	"net/netip"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -21,8 +22,9 @@ func (t *train) reset() {
 	t.packets = t.packets[:0]
 }
 
-// fill lays the packets of gVisor into the train, cut to their MSS.
-func (t *train) fill(pkts []*stack.PacketBuffer) {
+// fill lays the packets of gVisor into the train, cut to their MSS or to what
+// size says.
+func (t *train) fill(pkts []*stack.PacketBuffer, size func(netip.Addr) int) {
 	need := 0
 	for _, p := range pkts {
 		n := segments(p)
@@ -33,7 +35,7 @@ func (t *train) fill(pkts []*stack.PacketBuffer) {
 	}
 	for _, p := range pkts {
 		if segments(p) > 1 {
-			t.split(p)
+			t.split(p, size)
 		} else {
 			t.copy(p)
 		}
@@ -72,11 +74,12 @@ func (t *train) copy(p *stack.PacketBuffer) {
 	t.packets = append(t.packets, b)
 }
 
-// split cuts a large TCP segment into packets of its MSS. Sequence numbers,
+// split cuts a large TCP segment into packets of its MSS, or larger ones where
+// size allows: whoever takes them does not mind what the MSS was. Sequence numbers,
 // lengths and checksums are made for each; PSH and FIN stay on the last only
 // and the IPv4 identification counts up when fragments are allowed (a packet
 // that must not be fragmented carries none, RFC 6864 section 4.1).
-func (t *train) split(p *stack.PacketBuffer) {
+func (t *train) split(p *stack.PacketBuffer, size func(netip.Addr) int) {
 	const lastOnly = uint8(header.TCPFlagFin | header.TCPFlagPsh)
 	var (
 		hdrLen  = headers(p)
@@ -101,6 +104,10 @@ func (t *train) split(p *stack.PacketBuffer) {
 		id, count = h.ID(), h.Flags()&header.IPv4FlagDontFragment == 0
 	} else {
 		addrs = ip[8:40]
+	}
+	if size != nil {
+		dst, _ := netip.AddrFromSlice(addrs[len(addrs)/2:])
+		mss = max(mss, min(size(dst), maxTrain)-hdrLen)
 	}
 	pseudo := checksum.Combine(checksum.Checksum(addrs, 0), uint16(header.TCPProtocolNumber))
 

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,7 +18,8 @@ type link struct {
 	mtu     int
 	gsoMax  uint32
 	out     func([][]byte)
-	trains  sync.Pool // of *train
+	size    func(netip.Addr) int // of packets; nil = mtu
+	trains  sync.Pool            // of *train
 	hold    hold
 	sending gate // calls of out
 	taking  gate // calls of deliver
@@ -28,8 +30,8 @@ type link struct {
 var _ stack.LinkEndpoint = (*link)(nil)
 var _ stack.GSOEndpoint = (*link)(nil)
 
-func newLink(mtu int, out func([][]byte)) *link {
-	l := &link{mtu: mtu, gsoMax: gsoSize(mtu), out: out}
+func newLink(mtu int, out func([][]byte), size func(netip.Addr) int) *link {
+	l := &link{mtu: mtu, gsoMax: gsoSize(mtu), out: out, size: size}
 	l.trains.New = func() any { return new(train) }
 	l.sending.init()
 	l.taking.init()
@@ -46,7 +48,7 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	}
 	defer l.sending.leave()
 	t := l.trains.Get().(*train)
-	t.fill(pkts)
+	t.fill(pkts, l.size)
 	packets := t.packets
 	if len(pkts) > 1 {
 		packets = slices.DeleteFunc(packets, l.waits)

@@ -27,6 +27,12 @@ type Config struct {
 	// what it may call. Required.
 	Out func(packets [][]byte)
 
+	// PacketSize, if it is not nil, is asked for each large TCP segment how
+	// large the packets may be into which it is cut, in bytes, by the
+	// destination. Less than the MTU means the MTU. It is called where Out is,
+	// and must be fast.
+	PacketSize func(dst netip.Addr) int
+
 	// Limits bound connections and the memory that they take.
 	Limits Limits
 }
@@ -95,7 +101,7 @@ func New(c Config) (*Stack, error) {
 	}
 	s := &Stack{
 		st:        st,
-		link:      newLink(c.MTU, c.Out),
+		link:      newLink(c.MTU, c.Out, c.PacketSize),
 		backlog:   limits.AcceptBacklog,
 		budget:    budget,
 		closing:   make(chan struct{}),

@@ -384,3 +384,47 @@ func FuzzIn(f *testing.F) {
 		}
 	})
 }
+
+// Bulk data goes in packets as large as the way takes at the moment, and whoever
+// takes them gets the same stream.
+func TestPacketSize(t *testing.T) {
+	const mtu = 1280
+	sizes := []int{0, 8912, 65000, 1279, 61408, 16304, 1300, 40}
+	var mu sync.Mutex
+	asked, largest := 0, 0
+	a, b, w := newPair(t, Config{MTU: mtu, PacketSize: func(dst netip.Addr) int {
+		mu.Lock()
+		defer mu.Unlock()
+		if dst != a4 && dst != a6 && dst != b4 && dst != b6 {
+			t.Errorf("asked for %v", dst)
+		}
+		asked++
+		return sizes[asked%len(sizes)]
+	}})
+	for i, addr := range []netip.Addr{b4, b6, b4} {
+		ca, cb := connect(t, a, b, addr)
+		if i == 2 {
+			lossy(w)
+		} else {
+			w.setFilter(func(toB bool, packets [][]byte) [][]byte {
+				mu.Lock()
+				defer mu.Unlock()
+				for _, p := range packets {
+					checkPacket(t, p, maxTrain)
+					largest = max(largest, len(p))
+				}
+				return packets
+			})
+		}
+		size := int64(4 << 20)
+		if i == 2 && raceEnabled {
+			size >>= 3
+		}
+		exchange(t, ca, cb, size, byte(i))
+		ca.Close()
+		cb.Close()
+	}
+	if largest < 10000 {
+		t.Errorf("the largest packet has %d bytes", largest)
+	}
+}

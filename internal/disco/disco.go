@@ -80,7 +80,7 @@ func NewTxID() TxID {
 	return id
 }
 
-// Message is a Ping, Pong, CallMeMaybe or Meet.
+// Message is a Ping, Pong, CallMeMaybe, Meet or Size.
 type Message interface {
 	// Type names the message.
 	Type() Type

@@ -32,6 +32,9 @@ func TestPacketSizes(t *testing.T) {
 		{CallMeMaybe{Endpoints: []netip.AddrPort{}}, 80},
 		{Meet{Phase: MeetAsk, ID: NewTxID(), Endpoints: []netip.AddrPort{addr("192.0.2.1:7")}}, 80 + 17 + 18},
 		{Meet{Phase: MeetAnswer, ID: NewTxID(), Delay: 1234 * time.Microsecond, Endpoints: []netip.AddrPort{}}, 80 + 17},
+		{Size{TxID: NewTxID(), Bytes: SizeLen}, 95},
+		{Size{TxID: NewTxID(), Bytes: 8952}, 8952},
+		{Size{TxID: NewTxID(), Answer: true, Bytes: 61440}, 95},
 		{CallMeMaybe{Endpoints: []netip.AddrPort{addr("127.0.0.1:7"), addr("[fe80::1]:9")}}, 80 + 36},
 	} {
 		p := a.Seal(nil, b.Public(), c.m)
@@ -89,6 +92,9 @@ func TestParse(t *testing.T) {
 		{"meet of no phase", "\xe5\x00\x00" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
 		{"meet of a later phase", "\xe5\x00\x05" + tx + "\x00\x00\x00\x00", nil, ErrUnknownType},
 		{"meet with more behind", "\xe5\x00\x03" + tx + "\x00\x00\x00\x05xyz", Meet{Phase: MeetStart, Delay: 5 * time.Microsecond, Endpoints: []netip.AddrPort{}}, nil},
+		{"short size", "\xe6\x00\x01" + tx + "\x00", nil, ErrShort},
+		{"size that is no question", "\xe6\x00\x03" + tx + "\x00\x00", nil, ErrUnknownType},
+		{"size that claims more than it has", "\xe6\x00\x01" + tx + "\xff\xffxyz", Size{Bytes: SizeLen + 3}, nil},
 		{"short pong", "\x02\x00" + tx + string(make([]byte, 17)), nil, ErrShort},
 		{"odd call", "\x03\x00" + string(make([]byte, 19)), CallMeMaybe{}, nil},
 	} {
@@ -153,8 +159,9 @@ func TestSealerIsBounded(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
+	f.Add(Append(nil, Size{Bytes: 200}))
 	f.Add(Append(nil, Meet{Phase: MeetAsk, Delay: time.Second, Endpoints: []netip.AddrPort{addr("1.2.3.4:5")}}))
-	for _, m := range []Message{Ping{TxID: NewTxID(), Padding: 3}, Pong{Src: addr("[::1]:4")}, CallMeMaybe{Endpoints: []netip.AddrPort{addr("1.2.3.4:5")}}} {
+	for _, m := range []Message{Size{Bytes: SizeLen}, Ping{TxID: NewTxID(), Padding: 3}, Pong{Src: addr("[::1]:4")}, CallMeMaybe{Endpoints: []netip.AddrPort{addr("1.2.3.4:5")}}} {
 		f.Add(Append(nil, m))
 	}
 	f.Add([]byte{3, 0, 1})

@@ -123,6 +123,8 @@ func Parse(b []byte) (Message, error) {
 		return parseCallMeMaybe(body)
 	case TypeMeet:
 		return parseMeet(body)
+	case TypeSize:
+		return parseSize(body)
 	}
 	return nil, ErrUnknownType
 }

@@ -7,6 +7,7 @@ import (
 
 	"mesh/identity"
 	"mesh/internal/filter"
+	"mesh/internal/tunnel"
 )
 
 // counters count packets that went nowhere.
@@ -56,6 +57,16 @@ func (e *Engine) Out(packets [][]byte) {
 		}
 		packets = packets[n:]
 	}
+}
+
+// PacketSize returns how large the packets of bulk data for an address may be at
+// present, in bytes; 0 means tunnel.MTU.
+func (e *Engine) PacketSize(dst netip.Addr) int {
+	p, ok := e.Map().PeerByAddr(dst)
+	if !ok {
+		return 0
+	}
+	return tunnel.PacketSize(e.path.DatagramSize(p.Key))
 }
 
 // nowhere tells whoever dials that the address has no peer that can be reached:

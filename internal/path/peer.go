@@ -28,6 +28,8 @@ type peer struct {
 	proven   atomic.Bool                    // direct takes full datagrams
 	awake    atomic.Bool                    // heartbeats run, packets out are watched
 	discover atomic.Int64                   // instant from which discovery has something to do
+	large    atomic.Pointer[large]          // the largest datagram it takes, nil = what the MTU needs
+	askSize  atomic.Int64                   // instant from which bulk data is a reason to ask for that
 	home     atomic.Int32                   // the peer's home region, 0 = unknown
 
 	// Written on every packet.
@@ -44,6 +46,7 @@ type peer struct {
 	// Guarded by Path.mu.
 	info    Peer
 	ch      chooser
+	sizing  sizing
 	at      instant // when something is due
 	index   int     // in the heap; -1 = not there
 	gone    bool
@@ -141,6 +144,10 @@ func (p *Path) settleLocked(pe *peer, now instant) {
 	pe.trusted.Store(int64(trusted))
 	pe.full.Store(int64(min(trusted, c.size.until)))
 	pe.proven.Store(c.size.proven)
+	if !c.size.proven && pe.sizing.way.IsValid() {
+		pe.sizing = sizing{}
+		p.publishSizeLocked(pe)
+	}
 	pe.awake.Store(c.active && c.alive.watching)
 	pe.discover.Store(int64(c.nextDiscovery()))
 

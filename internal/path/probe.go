@@ -37,6 +37,8 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 		p.pingUDP(from, key, known, m)
 	case disco.Pong:
 		p.pongUDP(from, known, m)
+	case disco.Size:
+		p.sizeUDP(from, key, known, m)
 	default:
 		// A CallMeMaybe by UDP is not believed: only the relay proves the sender.
 		p.counts.discoByUDP.Add(1)
@@ -156,6 +158,8 @@ func (p *Path) discoRelay(region int, from identity.NodePublic, packet []byte) {
 			}
 			p.mu.Unlock()
 		}
+	case disco.Size:
+		p.sizeRelay(region, from, key, m)
 	case disco.Meet:
 		if pe := p.open(from); pe != nil && !p.cfg.RelayOnly {
 			p.met(pe, m)

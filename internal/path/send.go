@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"syscall"
 
 	"mesh/identity"
@@ -35,7 +36,7 @@ func (p *Path) Send(key identity.NodePublic, hint netip.AddrPort, datagrams [][]
 			return nil
 		}
 		if errors.Is(err, syscall.EMSGSIZE) {
-			p.tooLarge(pe)
+			p.tooLarge(pe, datagrams)
 		} else {
 			p.sendFailed(pe, *direct, err)
 			direct = nil
@@ -127,7 +128,7 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 		case e == nil || passing(e):
 			err = nil
 		case errors.Is(e, syscall.EMSGSIZE):
-			p.tooLarge(pe)
+			p.tooLarge(pe, list)
 		default:
 			if err != nil {
 				err = e
@@ -170,8 +171,13 @@ func (p *Path) sendBoth(pe *peer, now instant, direct *netip.AddrPort, hint neti
 	return nil
 }
 
-// tooLarge notes that the system cannot send full datagrams to the best path.
-func (p *Path) tooLarge(pe *peer) {
+// tooLarge notes that the system cannot send datagrams of such a size to the
+// best path.
+func (p *Path) tooLarge(pe *peer, datagrams [][]byte) {
+	if slices.ContainsFunc(datagrams, func(d []byte) bool { return len(d) > fullDatagram }) {
+		p.refused(pe, 1)
+		return
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.now()

@@ -26,6 +26,9 @@ func offload(u *net.UDPConn) (gso, gro bool) {
 	return gso, gro
 }
 
+// neverFragments says that dontFragment works.
+const neverFragments = true
+
 // dontFragment makes datagrams larger than a link on their way vanish, so that
 // padded pings tell what passes, and pieces of datagrams never travel. The size
 // of the local link is respected, ICMP messages are not believed.

@@ -10,6 +10,8 @@ const oobLen = 0
 
 func offload(*net.UDPConn) (gso, gro bool) { return false, false }
 
+const neverFragments = false
+
 // Fragments are left to the system's default.
 func dontFragment(*net.UDPConn) {}
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -196,11 +197,20 @@ func (s *Session) keepRegistering(ctx context.Context, e *enrolment, err error) 
 // startStack starts the network stack, which lives as long as the session. Its
 // packets go to the engine of the moment.
 func (s *Session) startStack() error {
-	stack, err := netstack.New(netstack.Config{Limits: s.cfg.Limits, Out: func(packets [][]byte) {
-		if eng := s.engine.Load(); eng != nil {
-			eng.Out(packets)
-		}
-	}})
+	stack, err := netstack.New(netstack.Config{
+		Limits: s.cfg.Limits,
+		Out: func(packets [][]byte) {
+			if eng := s.engine.Load(); eng != nil {
+				eng.Out(packets)
+			}
+		},
+		PacketSize: func(dst netip.Addr) int {
+			if eng := s.engine.Load(); eng != nil {
+				return eng.PacketSize(dst)
+			}
+			return 0
+		},
+	})
 	if err != nil {
 		return fmt.Errorf("start network stack: %w", err)
 	}

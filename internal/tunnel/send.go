@@ -19,6 +19,12 @@ const (
 	maxPacket    = trainBytes - messageHeader - padding - tagSize // so that a datagram can hold it
 )
 
+// PacketSize returns the size of the largest packet that fits a datagram once
+// sealed; 0 if none does.
+func PacketSize(datagram int) int {
+	return max(0, min(datagram-messageHeader-tagSize, maxPacket)) &^ (padding - 1)
+}
+
 // train is ciphertext for one peer, laid end to end.
 type train struct {
 	buf       []byte // capacity trainBytes
