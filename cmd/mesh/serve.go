@@ -38,7 +38,14 @@ Without a policy (--policy, or mesh policy set) nobody may reach anybody.
 
 One TCP port serves control and relay: control as plain HTTP, in which the protocol
 is encrypted, and the relay as TLS with a certificate of its own. With --tls-cert and
---tls-key everything is TLS. STUN has a UDP port.`,
+--tls-key everything is TLS. STUN has a UDP port.
+
+/healthz (the process lives) and /readyz (the database takes writes) are answered on
+the port for nodes. --metrics opens another for these and for /metrics, in the text
+form of Prometheus, to whoever reaches it: choose an address of this host or of a
+network of yours. They hold no names, keys or addresses.
+--pprof opens a socket for profiles, to the user that runs the server and nobody else:
+  curl --unix-socket DIR/pprof.sock http://pprof/debug/pprof/heap > heap.pb.gz`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
 		var cfg host.Config
 		data := dataFlag(fs)
@@ -53,6 +60,8 @@ is encrypted, and the relay as TLS with a certificate of its own. With --tls-cer
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
 		nodeExpiryFlag(fs, &cfg.NodeExpiry, "how `LONG` keys of users' nodes live: \"30d\" or \"never\" (default 90d)")
 		fs.StringVar(&cfg.Database, "database", "", "PostgreSQL `URL` (default a file in --data; $MESH_DATABASE)")
+		fs.StringVar(&cfg.Metrics, "metrics", "", "TCP `ADDR` for /metrics, /healthz and /readyz (default none)")
+		fs.BoolVar(&cfg.Pprof, "pprof", false, "profiles at "+host.PprofName+", a socket in the data directory")
 		verbose := fs.Bool("v", false, "log what happens, on stderr")
 		return func(ctx context.Context, c *call) (err error) {
 			switch {
@@ -106,6 +115,9 @@ func ready(h *host.Host, cfg host.Config) string {
 		fmt.Fprintf(&b, "relay   built in, without STUN\n")
 	default:
 		fmt.Fprintf(&b, "relay   built in, STUN at %s\n", stun)
+	}
+	if addr := h.MetricsAddr(); addr != "" {
+		fmt.Fprintf(&b, "metrics http://%s/metrics\n", addr)
 	}
 	p := h.Server().PolicyState()
 	if p.DenyAll {

@@ -69,7 +69,12 @@ type Config struct {
 	// control is plain HTTP (the protocol inside is encrypted) and the relay
 	// has a certificate of its own, which nodes pin.
 	TLSCert, TLSKey string
-	Logger          *zap.Logger // nil = silent
+	// Metrics is the TCP address where /metrics, /healthz and /readyz are
+	// answered, in plain HTTP and to everybody who reaches it; "" = nowhere.
+	Metrics string
+	// Pprof opens a unix socket in DataDir (PprofName) for profiles.
+	Pprof  bool
+	Logger *zap.Logger // nil = silent
 
 	// OfflineGrace and EphemeralTimeout are server.Config's, for tests.
 	OfflineGrace, EphemeralTimeout time.Duration
@@ -83,9 +88,11 @@ type Host struct {
 	url    string
 	stun   string // "" = none
 	socket string
-	store  store.Store
-	server *server.Server
-	relay  *relay.Server // nil with NoRelay
+	// metrics is where they are served, "" = nowhere
+	metrics string
+	store   store.Store
+	server  *server.Server
+	relay   *relay.Server // nil with NoRelay
 
 	closers  []func() // in order of starting; Close runs them in reverse
 	wg       sync.WaitGroup
@@ -172,8 +179,10 @@ func Start(cfg Config) (_ *Host, err error) {
 		h.onClose(cancel)
 	}
 	h.serve(ln, tlsConf)
-	if err := h.serveAdmin(); err != nil {
-		return nil, err
+	for _, serve := range []func() error{h.serveMetrics, h.servePprof, h.serveAdmin} {
+		if err := serve(); err != nil {
+			return nil, err
+		}
 	}
 	return h, nil
 }

@@ -24,6 +24,7 @@ type framer struct {
 	shared *memo // frames that others are sent too
 	stall  *time.Timer
 	after  time.Duration
+	sent   func(bytes int) // counts
 
 	// Of the message that is being written; borrowed from buffers.
 	out []byte // what leaves
@@ -33,7 +34,7 @@ type framer struct {
 // newFramer returns a framer that ends the connection of c when its reader takes
 // nothing for a time.
 func (s *Server) newFramer(w http.ResponseWriter, compress string, c *client) *framer {
-	f := &framer{w: w, rc: http.NewResponseController(w), zstd: compress == "zstd", shared: &s.shared, after: s.cfg.WriteTimeout}
+	f := &framer{w: w, rc: http.NewResponseController(w), zstd: compress == "zstd", shared: &s.shared, after: s.cfg.WriteTimeout, sent: s.meters.sent}
 	if f.after > 0 {
 		// A deadline for each write would cost more than the write.
 		f.stall = time.AfterFunc(f.after, func() { c.Close() })
@@ -96,6 +97,7 @@ func (f *framer) message(build func() error) error {
 	if _, err := f.w.Write(f.out); err != nil {
 		return err
 	}
+	f.sent(len(f.out))
 	return f.rc.Flush()
 }
 

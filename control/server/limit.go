@@ -52,6 +52,13 @@ func (l *limiter) fill(p netip.Prefix, now time.Time) bucket {
 	return b
 }
 
+// size is how many sources are remembered.
+func (l *limiter) size() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.buckets)
+}
+
 // ok reports whether the source may try.
 func (l *limiter) ok(a netip.Addr) bool {
 	l.mu.Lock()

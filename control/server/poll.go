@@ -28,6 +28,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request, c *client) {
 		return
 	}
 	if err := s.admitMap(r.Context(), c, &req); err != nil {
+		s.meters.denied(atMap, err, denyFail)
 		if wire.CodeOf(err) == "" {
 			s.log.Error("map request failed", zap.Error(err))
 			http.Error(w, "internal error", http.StatusInternalServerError)
@@ -183,6 +184,7 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 	st, fresh, err := s.attach(c, req)
 	if err != nil {
 		if errors.Is(err, errSwaps) {
+			s.meters.denied(atMap, nil, denyRate)
 			tooMany(w, int(swapEvery/time.Second))
 			return
 		}
@@ -218,12 +220,14 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 	// Until something is sent: what wakes the stream may be no news to it, and
 	// must not put off the keep-alive.
 	for {
+		var woke time.Time
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-idle.C:
 			return f.send(&wire.MapResponse{KeepAlive: true})
 		case <-st.wake:
+			woke = time.Now()
 		}
 		// What is rare goes out at once; what comes in bursts goes out together.
 		if wait := s.cfg.Gather - time.Since(st.spoke); wait > 0 {
@@ -252,6 +256,7 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 			return errStreamOver
 		}
 		if len(msgs) > 0 {
+			s.meters.mapSeconds.Observe(time.Since(woke).Seconds())
 			return nil
 		}
 	}

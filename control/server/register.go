@@ -22,6 +22,7 @@ import (
 // serveRegister is POST /machine/register.
 func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client) {
 	if !s.limit.ok(c.source) {
+		s.meters.denied(atRegister, nil, denyRate)
 		tooMany(w, 5)
 		return
 	}
@@ -38,11 +39,13 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 	switch {
 	case errors.Is(err, errTooManyLogins):
 		s.limit.failed(c.source)
+		s.meters.denied(atRegister, nil, denyRate)
 		tooMany(w, 60)
 		return
 	case err != nil:
 		code := wire.CodeOf(err)
 		if code == "" {
+			s.meters.denied(atRegister, nil, denyFail)
 			s.log.Error("registration failed", zap.Error(err))
 			http.Error(w, "internal error", http.StatusInternalServerError)
 			return
@@ -57,6 +60,10 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 		c.known()
 		s.loggedIn(c)
 	}
+	if resp.MeshCode != "" {
+		s.meters.denied(atRegister, resp.MeshCode.Err(), denyFail)
+	}
+	s.meters.registered(resp)
 	writeJSON(w, http.StatusOK, resp)
 }
 

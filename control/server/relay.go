@@ -197,6 +197,10 @@ func (s *Server) SetDERPMap(m *wire.DERPMap) {
 func (s *Server) RelaysConnected() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.relaysConnected()
+}
+
+func (s *Server) relaysConnected() int {
 	n := 0
 	for _, k := range s.relays.known {
 		if k.stream != nil && !k.left {

@@ -18,6 +18,7 @@ import (
 // serveRelay is POST /machine/relay.
 func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
 	if !s.limit.ok(c.source) {
+		s.meters.denied(atRelay, nil, denyRate)
 		tooMany(w, 5)
 		return
 	}
@@ -33,6 +34,7 @@ func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
 			return
 		}
 		s.limit.failed(c.source)
+		s.meters.denied(atRelay, err, denyFail)
 		refuse(w, err)
 		return
 	}

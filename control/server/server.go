@@ -131,6 +131,8 @@ type Server struct {
 
 	transport transport
 	limit     limiter
+	meters    *meters
+	readiness readiness
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -156,7 +158,9 @@ func New(cfg Config) (*Server, error) {
 		members:  make(map[*subscriber]struct{}),
 		unsaved:  make(map[wire.NodeID]struct{}),
 		kick:     make(chan struct{}, 1),
+		meters:   newMeters(),
 	}
+	s.store.Observe(s.meters.stored)
 	s.logins.init()
 	s.receipts.open = make(map[*receipt]struct{})
 	s.ctx, s.cancel = context.WithCancel(context.Background())

@@ -113,6 +113,12 @@ func (t *transport) enter() bool {
 	return true
 }
 
+func (t *transport) isClosing() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.closing
+}
+
 func (t *transport) close() {
 	t.mu.Lock()
 	t.closing = true
@@ -123,12 +129,15 @@ func (t *transport) close() {
 }
 
 // Handler returns what the world may reach: GET /key, POST /ts2021, GET
-// /login/CODE, GET /health. It must be served over HTTP/1.1; see HTTPServer.
+// /login/CODE, GET /health, and what HealthHandler answers. It must be served over HTTP/1.1; see HTTPServer.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /key", s.serveKey)
 	mux.HandleFunc("/ts2021", s.transport.serveUpgrade)
 	mux.HandleFunc("GET /login/{code}", s.serveLogin)
+	health := s.HealthHandler()
+	mux.Handle("GET /healthz", health)
+	mux.Handle("GET /readyz", health)
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "pass"})
 	})
@@ -155,6 +164,7 @@ func (s *Server) serveKey(w http.ResponseWriter, r *http.Request) {
 // serveUpgrade is POST /ts2021.
 func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 	busy := func() {
+		t.s.meters.denied(atUpgrade, nil, denyBusy)
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "server is busy", http.StatusServiceUnavailable)
 	}

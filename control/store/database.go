@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 )
 
@@ -20,6 +21,19 @@ type database struct {
 	db      *sql.DB
 	dialect dialect
 	gate    gate
+	watch   atomic.Pointer[func(write bool, took time.Duration, err error)]
+}
+
+// Observe implements Store.
+func (s *database) Observe(f func(write bool, took time.Duration, err error)) { s.watch.Store(&f) }
+
+// Writable implements Store.
+func (s *database) Writable(ctx context.Context) error {
+	return s.tx(ctx, "write to see whether that goes", func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ('written', $1)
+			ON CONFLICT (name) DO UPDATE SET value = excluded.value`, []byte(time.Now().UTC().Format(time.RFC3339)))
+		return err
+	})
 }
 
 // dialect is what differs between databases.
@@ -32,6 +46,10 @@ type dialect struct {
 
 // tx runs f in a transaction that is committed if f returns nil.
 func (s *database) tx(ctx context.Context, what string, f func(context.Context, *sql.Tx) error) error {
+	return s.timed(true, func() error { return s.write(ctx, what, f) })
+}
+
+func (s *database) write(ctx context.Context, what string, f func(context.Context, *sql.Tx) error) error {
 	return s.do(ctx, what, func(ctx context.Context) error {
 		tx, err := s.db.BeginTx(ctx, nil)
 		if err != nil {
@@ -52,7 +70,19 @@ func (s *database) tx(ctx context.Context, what string, f func(context.Context, 
 
 // read runs f, which changes nothing.
 func (s *database) read(ctx context.Context, what string, f func(context.Context) error) error {
-	return s.do(ctx, what, f)
+	return s.timed(false, func() error { return s.do(ctx, what, f) })
+}
+
+// timed tells who observes how long an operation took.
+func (s *database) timed(write bool, f func() error) error {
+	watch := s.watch.Load()
+	if watch == nil {
+		return f()
+	}
+	begin := time.Now()
+	err := f()
+	(*watch)(write, time.Since(begin), err)
+	return err
 }
 
 func (s *database) do(ctx context.Context, what string, f func(context.Context) error) error {

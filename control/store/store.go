@@ -286,5 +286,11 @@ type Store interface {
 	// AuditHead names the newest entry, as it is kept apart from the entries.
 	AuditHead(ctx context.Context) (AuditHead, error)
 
+	// Writable writes something of no consequence, and fails if that does.
+	Writable(ctx context.Context) error
+	// Observe has f called after every operation with whether it may write, how
+	// long it took and how it ended. f must be quick and safe for concurrent use.
+	Observe(f func(write bool, took time.Duration, err error))
+
 	Close() error
 }
