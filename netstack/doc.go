@@ -20,7 +20,7 @@
 // queue of their endpoint, and one of GOMAXPROCS processor goroutines works on
 // them, so In does not wait for applications. Acknowledgements leave through
 // Config.Out from that processor, or with the answer: one that says nothing
-// else waits for data up to a millisecond, on a timer and without a goroutine
+// else waits for data up to ten milliseconds, on a timer and without a goroutine
 // (hold.go).
 //
 // Accept: gVisor completes handshakes in a listening endpoint (a real one, not

@@ -11,12 +11,15 @@ import (
 
 const (
 	// holdFor is how long an acknowledgement may wait for data that goes the
-	// same way. It is far less than RFC 9293 section 3.8.6.3 allows and than
-	// anybody's retransmission timer.
-	holdFor = time.Millisecond
-	// holdSlots bounds the connections whose acknowledgements may wait; of two
-	// that share a slot one is served as if there were no waiting.
-	holdSlots = 128
+	// same way: as long as a busy server takes for a small answer. It is far
+	// less than RFC 9293 section 3.8.6.3 allows, than systems commonly wait and
+	// than anybody's retransmission timer.
+	holdFor = 10 * time.Millisecond
+	// holdSets and holdWays bound the connections whose acknowledgements may
+	// wait; those for whom there is no room are served as if there were no
+	// waiting.
+	holdSets = 64
+	holdWays = 4
 )
 
 // hold keeps acknowledgements back that would leave alone: where a call is
@@ -37,7 +40,7 @@ type hold struct {
 	wg    sync.WaitGroup // the timer, while it is set or runs
 
 	mu     sync.Mutex // guards the fields below; not held during send
-	slots  *[holdSlots]holdSlot
+	slots  *[holdSets][holdWays]holdSlot
 	timer  *time.Timer // nil until something waited
 	armed  bool        // the timer is set
 	closed bool
@@ -84,13 +87,13 @@ func (h *hold) keep(p []byte) (waits bool, first []byte) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.slots == nil {
-		h.slots = new([holdSlots]holdSlot)
+		h.slots = new([holdSets][holdWays]holdSlot)
 	}
-	s := &h.slots[id%holdSlots]
+	s := h.slot(id)
+	if s == nil {
+		return false, nil
+	}
 	if s.id != id {
-		if s.waits {
-			return false, nil // the slot is in use
-		}
 		known := flags&header.TCPFlagAck != 0
 		*s = holdSlot{held: s.held[:0]}
 		if known {
@@ -128,6 +131,22 @@ func (h *hold) keep(p []byte) (waits bool, first []byte) {
 	return true, nil
 }
 
+// slot returns the slot of a connection, or one that it may take over; nil if
+// there is none. The caller holds mu.
+func (h *hold) slot(id uint64) (free *holdSlot) {
+	set := &h.slots[id%holdSets]
+	for i := range set {
+		s := &set[(id/holdSets+uint64(i))%holdWays]
+		switch {
+		case s.id == id:
+			return s
+		case !s.waits && (free == nil || s.id == 0 && free.id != 0):
+			free = s
+		}
+	}
+	return free
+}
+
 // saysMore reports whether a pure acknowledgement has options other than a
 // timestamp as it is always laid out.
 func saysMore(tcp []byte) bool {
@@ -160,14 +179,16 @@ func (h *hold) expire() {
 	next := time.Duration(-1)
 	h.armed = false
 	for i := range h.slots {
-		s := &h.slots[i]
-		switch {
-		case !s.waits:
-		case s.until <= now:
-			due = append(due, append([]byte(nil), s.held...))
-			s.waits, s.ack = false, s.heldAck
-		case next < 0 || s.until-now < next:
-			next = s.until - now
+		for j := range h.slots[i] {
+			s := &h.slots[i][j]
+			switch {
+			case !s.waits:
+			case s.until <= now:
+				due = append(due, append([]byte(nil), s.held...))
+				s.waits, s.ack = false, s.heldAck
+			case next < 0 || s.until-now < next:
+				next = s.until - now
+			}
 		}
 	}
 	if next >= 0 && !h.closed {

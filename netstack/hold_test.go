@@ -141,3 +141,25 @@ func TestHoldTravelsWithAnswer(t *testing.T) {
 		cb.Close()
 	}
 }
+
+// So many connections at once find room, each whatever the others do.
+func TestHoldManyConnections(t *testing.T) {
+	const conns = 64
+	var h hold
+	h.init(1280, func([]byte) {})
+	defer h.close()
+	waiting := 0
+	for range 2 {
+		for port := range uint16(conns) {
+			h.keep(say(true, port, header.TCPFlagAck|header.TCPFlagPsh, 100, 500, 10))
+		}
+	}
+	for port := range uint16(conns) {
+		if waits, _ := h.keep(say(true, port, header.TCPFlagAck, 110, 500, 0)); waits {
+			waiting++
+		}
+	}
+	if waiting < conns*8/10 {
+		t.Errorf("%d of %d acknowledgements wait", waiting, conns)
+	}
+}
