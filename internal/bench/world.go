@@ -177,10 +177,19 @@ func (w *world) calls(prefix string, a, b place) error {
 	w.b.add(w.stack, prefix+" 1 byte RTT p50 µs", t.P50)
 	w.b.add(w.stack, prefix+" 1 byte RTT p99 µs", t.P99)
 	for _, clients := range []int{1, 64} {
+		before, err := cpu(a.p, b.p, w.servers)
+		if err != nil {
+			return err
+		}
 		if err := a.p.call("http", load.CountArgs{Node: a.name, Addr: b.addr, Clients: clients, Seconds: w.b.seconds}, &t); err != nil {
 			return err
 		}
+		after, err := cpu(a.p, b.p, w.servers)
+		if err != nil {
+			return err
+		}
 		w.b.add(w.stack, fmt.Sprintf("%s HTTP %d req/s", prefix, clients), float64(t.Count)/t.Seconds)
+		w.b.add(w.stack, fmt.Sprintf("%s HTTP %d CPU-µs/req", prefix, clients), (after-before)*1e6/float64(t.Count))
 		w.b.add(w.stack, fmt.Sprintf("%s HTTP %d p99 µs", prefix, clients), t.P99)
 		if t.Failed > 0 {
 			w.b.fail("%s: %s: HTTP with %d clients: %d failed: %s", w.stack.name, w.scenario, clients, t.Failed, t.First)
