@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -37,6 +38,9 @@ type Config struct {
 	ServerKey identity.MachinePublic
 	// Machine is the key of this installation; required.
 	Machine identity.MachinePrivate
+	// Instance names this process to the control server, so that it can tell
+	// copies of one identity apart: letters and digits, 32 at most. Optional.
+	Instance string
 	// Dial opens TCP connections; nil = a net.Dialer. Proxy variables of the
 	// environment do not count.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -61,6 +65,8 @@ type Client struct {
 	dialing chan struct{} // holds one token: whoever takes it may dial, and use serverKey
 
 	serverKey identity.MachinePublic // of the server as far as known
+
+	heard atomic.Pointer[time.Time] // when a map stream last brought something; nil = never
 
 	mu     sync.Mutex // guards conn
 	conn   *http.ClientConn
@@ -127,6 +133,15 @@ func (c *Client) Proven() error {
 		return nil
 	}
 	return fmt.Errorf("control server %s: %w", c.base, ErrUnproven)
+}
+
+// LastHeard returns when a map stream last brought something, be it that there is
+// nothing new; zero = never.
+func (c *Client) LastHeard() time.Time {
+	if t := c.heard.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
 }
 
 // Local reports whether the control server's URL names this host.

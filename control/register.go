@@ -56,6 +56,7 @@ func (c *Client) register(ctx context.Context, req wire.RegisterRequest, limit t
 	if req.Hostinfo == nil {
 		req.Hostinfo = &wire.Hostinfo{}
 	}
+	req.MeshInstance = c.cfg.Instance
 	var resp wire.RegisterResponse
 	if err := c.exchange(ctx, "/machine/register", req, &resp); err != nil {
 		return nil, err
@@ -85,7 +86,7 @@ func (c *Client) Update(ctx context.Context, req wire.MapRequest) error {
 	if req.Version == 0 {
 		req.Version = wire.CapabilityVersion
 	}
-	req.Stream, req.OmitPeers = false, true
+	req.Stream, req.OmitPeers, req.MeshInstance = false, true, c.cfg.Instance
 	if err := c.exchange(ctx, "/machine/map", req, nil); err != nil {
 		return fmt.Errorf("send update: %w", err)
 	}

@@ -39,6 +39,7 @@ func (c *Client) Stream(ctx context.Context, req func() wire.MapRequest, handle 
 	}
 	r.Stream, r.OmitPeers, r.KeepAlive, r.Compress = true, false, true, "zstd"
 	r.MeshReports, r.MeshMapVersion = true, 0 // which this stream has not named yet
+	r.MeshInstance = c.cfg.Instance
 	p := pinger{c: c}
 	defer p.wait()
 	defer cancel(nil)
@@ -50,6 +51,8 @@ func (c *Client) Stream(ctx context.Context, req func() wire.MapRequest, handle 
 		if err := m.MeshCode.Err(); err != nil {
 			return err
 		}
+		now := time.Now()
+		c.heard.Store(&now)
 		if m.PingRequest != nil {
 			p.answer(ctx, m.PingRequest)
 		}

@@ -22,6 +22,12 @@ type State struct {
 	Node    NodePrivate
 	// Enrolled says that a control server accepted Node.
 	Enrolled bool
+	// Next is the key that is to replace Node, saved before the control server
+	// hears of it: whichever of the two is accepted after a crash is the node's.
+	// Zero = none.
+	Next NodePrivate
+	// Cloned says that another copy of this state was found to be the newer one.
+	Cloned bool
 }
 
 type stateFile struct {
@@ -29,6 +35,8 @@ type stateFile struct {
 	MachineKey string `json:"machineKey"`
 	NodeKey    string `json:"nodeKey"`
 	Enrolled   bool   `json:"enrolled"`
+	NextKey    string `json:"nextKey,omitempty"`
+	Cloned     bool   `json:"cloned,omitempty"`
 }
 
 // LoadState reads the state from s, or makes new keys and saves them if there
@@ -53,19 +61,26 @@ func LoadState(s Store) (State, error) {
 	if err == nil {
 		st.Node, err = ParseNodePrivate(f.NodeKey)
 	}
+	if err == nil && f.NextKey != "" {
+		st.Next, err = ParseNodePrivate(f.NextKey)
+	}
 	if err == nil && (st.Machine.IsZero() || st.Node.IsZero()) {
 		err = errors.New("a key is missing")
 	}
 	if err != nil {
 		return State{}, fmt.Errorf("%w: %s: %w; restore it from a backup, or delete it to enrol this node anew", ErrBadState, stateName, err)
 	}
-	st.Enrolled = f.Enrolled
+	st.Enrolled, st.Cloned = f.Enrolled, f.Cloned
 	return st, nil
 }
 
 // Save writes the state to s.
 func (st State) Save(s Store) error {
-	b, err := json.Marshal(stateFile{stateVersion, st.Machine.Secret(), st.Node.Secret(), st.Enrolled})
+	f := stateFile{Version: stateVersion, MachineKey: st.Machine.Secret(), NodeKey: st.Node.Secret(), Enrolled: st.Enrolled, Cloned: st.Cloned}
+	if !st.Next.IsZero() {
+		f.NextKey = st.Next.Secret()
+	}
+	b, err := json.Marshal(f)
 	if err != nil {
 		return err
 	}

@@ -54,7 +54,7 @@ func (s *Server) renewAt(n *node) time.Time {
 		return time.Time{}
 	}
 	if life == 0 {
-		return n.Created // at once: the next one does not expire
+		return s.cfg.Now() // the next one does not expire
 	}
 	const steps = 64
 	early := life / 12 / steps * time.Duration(uint64(n.ID)*0x9e3779b97f4a7c15>>58)

@@ -32,7 +32,7 @@ func TestKeyIsReplacedBeforeItEnds(t *testing.T) {
 		a, b := w.machine().join(key), w.machine().join(key)
 		na, nb := a.poll(nil), b.poll(nil)
 		id, first, old := na.self.ID, na.self.KeyExpiry, a.key.Public()
-		renew := na.self.MeshRenew
+		renew := *na.self.MeshRenew
 		if life := renew.Sub(time.Now()); life > 20*24*time.Hour || life < 17*24*time.Hour {
 			t.Errorf("to be renewed after %v of 30 days", life)
 		}
@@ -122,7 +122,7 @@ func TestWhoRenews(t *testing.T) {
 			n := m.poll(nil)
 			if c.then != nil {
 				c.then(t, w, n.self.StableID)
-				n.until(t, "to hear of it", func() bool { return n.self.MeshRenew.IsZero() })
+				n.until(t, "to hear of it", func() bool { return n.self.MeshRenew == nil })
 			}
 			about := func(at time.Time) bool {
 				if c.life == 0 {
@@ -131,7 +131,7 @@ func TestWhoRenews(t *testing.T) {
 				d := time.Until(at)
 				return d <= c.life && d > c.life-time.Minute
 			}
-			if !about(n.self.KeyExpiry) || n.self.MeshRenew.IsZero() == c.renewals {
+			if !about(n.self.KeyExpiry) || (n.self.MeshRenew != nil) != c.renewals {
 				t.Errorf("expires %v, to renew %v", n.self.KeyExpiry, n.self.MeshRenew)
 			}
 			was := n.self.KeyExpiry

@@ -291,7 +291,9 @@ func (s *Server) selfNode(n *node) *wire.Node {
 		}
 	}
 	w.CapMap = s.attributes(n.ID)
-	w.MeshRenew = s.renewAt(n)
+	if at := s.renewAt(n); !at.IsZero() {
+		w.MeshRenew = &at
+	}
 	return &w
 }
 

@@ -100,8 +100,8 @@ type Node struct {
 	Expired           bool                         `json:",omitzero"`
 
 	// MeshRenew, of the receiver itself, is when it should make itself another
-	// node key, while this one is good; zero = it need not, or it would not help.
-	MeshRenew time.Time `json:",omitzero"`
+	// node key, while this one is good; nil = it need not, or it would not help.
+	MeshRenew *time.Time `json:",omitempty"`
 
 	UnsignedPeerAPIOnly bool `json:",omitempty"`
 	IsJailed            bool `json:",omitempty"` // nothing this peer starts gets in

@@ -177,6 +177,24 @@ func New(c Config) (*Engine, error) {
 	return e, nil
 }
 
+// AddKey prepares the node for another key of its own: the data plane answers to
+// both from now on, at relays too as far as they admit it. It waits until the
+// home relay does, but not longer than ctx. Then peers may be told.
+func (e *Engine) AddKey(ctx context.Context, k identity.NodePrivate) error {
+	if err := e.tunnel.AddKey(k); err != nil {
+		return err
+	}
+	e.path.AddKey(ctx, k)
+	return nil
+}
+
+// UseKey makes a key, of AddKey, the node's. The one before is answered to for
+// three minutes more; sessions with peers are renewed.
+func (e *Engine) UseKey(k identity.NodePrivate) error {
+	e.path.UseKey(k)
+	return e.tunnel.SetKey(k)
+}
+
 // Close stops everything. It returns when all goroutines have ended, further
 // calls too.
 func (e *Engine) Close() error {

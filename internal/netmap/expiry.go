@@ -105,6 +105,37 @@ func (e *edit) expiries() expiries {
 	return x
 }
 
+// Renewal returns when the node should make itself another key, by the local
+// clock; the zero time if it need not.
+func (m *Map) Renewal(now time.Time) time.Time {
+	at, ok := m.clock(now)
+	if renew := m.Self().MeshRenew; ok && renew != nil && renew.After(sane) {
+		return renew.Add(now.Sub(at))
+	}
+	return time.Time{}
+}
+
+// OwnExpiry returns when the node's own key expires, by the local clock; the zero
+// time if it does not.
+func (m *Map) OwnExpiry() time.Time {
+	if expiry := m.Self().KeyExpiry; expiry.After(sane) {
+		return expiry.Add(-m.offset)
+	}
+	return time.Time{}
+}
+
+// MaxStale returns how long the node may go on without its control server by the
+// attributes that it has: the shortest of them, 0 = for ever.
+func (m *Map) MaxStale() time.Duration {
+	var least time.Duration
+	for attr := range m.Self().CapMap {
+		if d, ok := wire.AttrSpan(attr, wire.AttrMaxStale); ok && d != 0 && (least == 0 || d < least) {
+			least = d
+		}
+	}
+	return least
+}
+
 // Expire returns the map in which the peers whose keys are no longer good at the
 // moment now of the local clock say so in Expired: control does not have to be
 // there for that. It returns m itself where they all do.

@@ -20,7 +20,7 @@ func sameNode(a, b *wire.Node) bool {
 		a.MachineAuthorized == b.MachineAuthorized && sameList(a.Capabilities, b.Capabilities) &&
 		(a.CapMap == nil && b.CapMap == nil || reflect.DeepEqual(a.CapMap, b.CapMap)) &&
 		a.Expired == b.Expired && a.UnsignedPeerAPIOnly == b.UnsignedPeerAPIOnly && a.IsJailed == b.IsJailed &&
-		a.IsWireGuardOnly == b.IsWireGuardOnly
+		a.IsWireGuardOnly == b.IsWireGuardOnly && samePointer(a.MeshRenew, b.MeshRenew)
 }
 
 func sameHost(a, b *wire.Hostinfo) bool {

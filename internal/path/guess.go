@@ -95,7 +95,7 @@ func (p *Path) openMany(pe *peer, to netip.AddrPort) {
 		return
 	}
 	// The pings only open the NAT: what comes back are the peer's own.
-	packet := p.sealer.Seal(nil, key, disco.Ping{TxID: disco.NewTxID(), Node: p.pub})
+	packet := p.sealer.Seal(nil, key, disco.Ping{TxID: disco.NewTxID(), Node: p.own.Load().public})
 	for range guessSockets {
 		pc, err := p.cfg.ListenUDP(p.ctx, "udp4", ":0")
 		if err != nil {
@@ -206,7 +206,7 @@ func (p *Path) guess(pe *peer, list []netip.AddrPort) {
 	pe.ch.guess = guessed{ip: ip, tx: tx}
 	key := pe.info.Disco
 	p.mu.Unlock()
-	packet := p.sealer.Seal(nil, key, disco.Ping{TxID: tx, Node: p.pub})
+	packet := p.sealer.Seal(nil, key, disco.Ping{TxID: tx, Node: p.own.Load().public})
 	p.wg.Go(func() { // from the reader of a relay, which Close waits for first
 		for end := now + guessFor; p.now() < end && p.sleep(guessEvery); {
 			p.mu.Lock()

@@ -236,8 +236,9 @@ func (r *memRelay) carried() int {
 	return r.data
 }
 
-func (n *memNet) dialRelay(key identity.NodePublic, local func() netip.AddrPort) func(context.Context, *wire.DERPRegion) (relayConn, error) {
-	return func(ctx context.Context, def *wire.DERPRegion) (relayConn, error) {
+func (n *memNet) dialRelay(local func() netip.AddrPort) func(context.Context, *wire.DERPRegion, identity.NodePrivate) (relayConn, error) {
+	return func(ctx context.Context, def *wire.DERPRegion, private identity.NodePrivate) (relayConn, error) {
+		key := private.Public()
 		t := time.NewTimer(n.delay)
 		defer t.Stop()
 		select {
@@ -471,7 +472,7 @@ func (n *memNet) config(host string) (Config, *node) {
 		Report:      nd.reported,
 		ListenUDP:   n.listen(ip),
 		Interfaces:  nd.interfaces,
-		dialRelay:   n.dialRelay(key.Public(), nd.relayAddr),
+		dialRelay:   n.dialRelay(nd.relayAddr),
 	}, nd
 }
 

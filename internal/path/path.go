@@ -119,7 +119,7 @@ type Config struct {
 	Logger *zap.Logger
 
 	// dialRelay replaces derp in tests.
-	dialRelay func(ctx context.Context, def *wire.DERPRegion) (relayConn, error)
+	dialRelay func(ctx context.Context, def *wire.DERPRegion, key identity.NodePrivate) (relayConn, error)
 }
 
 // The path's epoch lies this far back, so that an instant of 0 is long ago.
@@ -134,7 +134,7 @@ type Path struct {
 	cfg    Config
 	log    *zap.Logger
 	listen func(ctx context.Context, open listenFunc, port uint16) (*sockets, error)
-	pub    identity.NodePublic
+	own    atomic.Pointer[ownKey]
 	sealer *disco.Sealer
 	epoch  time.Time
 
@@ -142,6 +142,7 @@ type Path struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // all goroutines but those of relays
 
+	dial   func(context.Context, *wire.DERPRegion, identity.NodePrivate) (relayConn, error)
 	peers  table
 	relays relaySet
 	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
@@ -208,7 +209,6 @@ func New(cfg Config) (*Path, error) {
 		cfg:    cfg,
 		log:    cfg.Logger,
 		listen: listen,
-		pub:    cfg.Key.Public(),
 		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
 		epoch:  time.Now().Add(-epochAge),
 		wake:   make(chan struct{}, 1),
@@ -216,20 +216,24 @@ func New(cfg Config) (*Path, error) {
 		calls:  make(map[*peer]struct{}),
 		meets:  make(map[*peer]lateMeet),
 	}
+	p.own.Store(newOwnKey(cfg.Key))
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.reporting = errand.New(p.tellReport)
 	p.peers.init()
 	p.home.init()
 	p.ends.init()
 	p.relays = relaySet{
-		ctx:     p.ctx,
-		dial:    p.dialRegion,
+		ctx: p.ctx,
+		dial: func(ctx context.Context, def *wire.DERPRegion) (relayConn, error) {
+			return p.dial(ctx, def, p.own.Load().private)
+		},
 		events:  p,
 		now:     p.now,
 		regions: make(map[int]*relay),
 	}
+	p.dial = p.dialRegion
 	if cfg.dialRelay != nil {
-		p.relays.dial = cfg.dialRelay
+		p.dial = cfg.dialRelay
 	}
 	p.socks.Store(&sockets{})
 	if !cfg.RelayOnly {

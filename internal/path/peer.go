@@ -265,7 +265,7 @@ func (p *Path) perform(pe *peer, out *todo) {
 	}
 	buf := make([]byte, 0, fullDatagram)
 	for _, pg := range out.pings {
-		m := disco.Ping{TxID: pg.tx, Node: p.pub}
+		m := disco.Ping{TxID: pg.tx, Node: p.own.Load().public}
 		if pg.full {
 			m.Padding = fullDatagram - disco.PingLen
 		}

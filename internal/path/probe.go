@@ -234,7 +234,7 @@ type lateMeet struct {
 
 // met takes a step of a meeting.
 func (p *Path) met(pe *peer, m disco.Meet) {
-	own, theirs := p.pub.Bytes(), pe.key.Bytes()
+	own, theirs := p.own.Load().public.Bytes(), pe.key.Bytes()
 	if m.Phase == disco.MeetGuess {
 		p.guess(pe, m.Endpoints)
 		return

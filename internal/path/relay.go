@@ -74,6 +74,7 @@ type relaySet struct {
 	now    func() instant
 	wg     sync.WaitGroup
 	home   atomic.Int32 // region by which peers reach us, 0 = none
+	keys   atomic.Int32 // how many times the node's key was replaced
 
 	mu      sync.RWMutex // guards what follows; taken before relay.mu
 	regions map[int]*relay
@@ -89,8 +90,9 @@ type relay struct {
 	cancel context.CancelFunc
 	kick   chan struct{} // capacity 1; ends a wait between attempts
 	live   atomic.Pointer[liveRelay]
-	used   atomic.Int64 // instant of the last write that it should answer
-	heard  atomic.Int64 // instant of the last message
+	next   atomic.Pointer[liveRelay] // with the node's next key; see prepare
+	used   atomic.Int64              // instant of the last write that it should answer
+	heard  atomic.Int64              // instant of the last message
 
 	failing atomic.Bool // not connected, and the last attempt failed
 	watched atomic.Bool // packets out are watched
@@ -112,6 +114,8 @@ type liveRelay struct {
 	conn   relayConn
 	node   *wire.DERPNode // nil in a region without any
 	linger *time.Timer    // closes it after it was left for another; set before that
+	keys   int32          // relaySet.keys when it was dialled
+	ended  atomic.Bool    // nobody reads it any more
 }
 
 type waitingPacket struct {
@@ -475,6 +479,7 @@ func (r *relay) up(l *liveRelay) {
 		l.conn.NotePreferred(true)
 	}
 	r.flush(l.conn)
+	r.leaveIfOld(l)
 	r.set.events.relayUp(r.id)
 }
 
@@ -487,6 +492,7 @@ func (r *relay) serve(l *liveRelay) (left bool, err error) {
 	for {
 		m, err := l.conn.Recv()
 		if err != nil {
+			l.ended.Store(true)
 			if !r.live.CompareAndSwap(l, nil) {
 				l.linger.Stop()
 				return true, err

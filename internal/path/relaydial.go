@@ -9,6 +9,7 @@ import (
 
 	"mesh/control/wire"
 	"mesh/derp"
+	"mesh/identity"
 )
 
 const (
@@ -23,7 +24,7 @@ const (
 var errNoRelayNode = errors.New("no node of the region relays")
 
 // dialRegion connects to the first node of a region that answers.
-func (p *Path) dialRegion(ctx context.Context, def *wire.DERPRegion) (relayConn, error) {
+func (p *Path) dialRegion(ctx context.Context, def *wire.DERPRegion, key identity.NodePrivate) (relayConn, error) {
 	var errs []error
 	for _, n := range def.Nodes {
 		if n == nil || n.STUNOnly {
@@ -35,7 +36,7 @@ func (p *Path) dialRegion(ctx context.Context, def *wire.DERPRegion) (relayConn,
 				port = 443
 			}
 			c, err := derp.Dial(ctx, derp.ClientConfig{
-				Key:            p.cfg.Key,
+				Key:            key,
 				Dial:           p.cfg.DialTCP,
 				Proxy:          p.cfg.Proxy,
 				RootCAs:        p.cfg.RootCAs,

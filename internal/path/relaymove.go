@@ -41,9 +41,10 @@ func (r *relay) connect(except *wire.DERPNode) (*liveRelay, error) {
 	}
 	var errs []error
 	for _, def := range choices {
+		keys := r.set.keys.Load()
 		conn, err := r.set.dial(r.ctx, def)
 		if err == nil {
-			l := &liveRelay{conn: conn}
+			l := &liveRelay{conn: conn, keys: keys}
 			if len(def.Nodes) > 0 {
 				l.node = def.Nodes[0]
 			}
@@ -136,24 +137,35 @@ func (r *relay) moveLocked(l *liveRelay, fail func()) {
 			}
 			return
 		}
-		l.linger = time.AfterFunc(lingerFor, func() { l.conn.Close() })
-		r.mu.Lock()
-		home := r.home
-		moved := r.live.CompareAndSwap(l, next)
-		r.mu.Unlock()
+		moved := r.replace(l, next, lingerFor)
 		r.moving.Store(false)
-		if !moved { // it ended meanwhile, and whoever noticed connects again
-			l.linger.Stop()
-			next.conn.Close()
-			return
+		if moved {
+			r.set.events.relayMoved(r.id)
+			r.run(next)
 		}
-		r.failing.Store(false)
-		if home {
-			next.conn.NotePreferred(true)
-		}
-		l.conn.NotePreferred(false)
-		r.flush(next.conn)
-		r.set.events.relayMoved(r.id)
-		r.run(next)
 	})
+}
+
+// replace puts a connection in use in the place of another, which is read for a
+// while. It reports false, and closes the new one, if the other has ended
+// meanwhile: whoever noticed connects again.
+func (r *relay) replace(l, next *liveRelay, linger time.Duration) bool {
+	l.linger = time.AfterFunc(linger, func() { l.conn.Close() })
+	r.mu.Lock()
+	home := r.home
+	moved := r.live.CompareAndSwap(l, next)
+	r.mu.Unlock()
+	if !moved {
+		l.linger.Stop()
+		next.conn.Close()
+		return false
+	}
+	r.failing.Store(false)
+	if home {
+		next.conn.NotePreferred(true)
+	}
+	l.conn.NotePreferred(false)
+	r.flush(next.conn)
+	r.leaveIfOld(next)
+	return true
 }

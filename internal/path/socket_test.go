@@ -189,7 +189,7 @@ func FuzzIncoming(f *testing.F) {
 		LookupDisco: func(k identity.DiscoPublic) []Peer { return []Peer{known}[:b2i(k == peerDisco.Public())] },
 		GuessPorts:  true,
 		Receive:     func(Source, [][]byte) {},
-		dialRelay: func(ctx context.Context, _ *wire.DERPRegion) (relayConn, error) {
+		dialRelay: func(ctx context.Context, _ *wire.DERPRegion, _ identity.NodePrivate) (relayConn, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,6 +31,40 @@ type enrolment struct {
 	asked   wire.RegisterRequest // last, by register
 	before  identity.State       // when register began
 	expired error                // by which register heard that the key has expired, nil if it has not
+
+	public atomic.Pointer[identity.NodePublic] // of state.Node, for who does not own state; see key
+}
+
+// key returns the node's public key. It may be called while another goroutine
+// changes the state.
+func (e *enrolment) key() identity.NodePublic {
+	if k := e.public.Load(); k != nil {
+		return *k
+	}
+	return e.state.Node.Public()
+}
+
+// save saves the state.
+func (e *enrolment) save() error {
+	k := e.state.Node.Public()
+	e.public.Store(&k)
+	return e.state.Save(e.store)
+}
+
+// cloned notes that another copy of the state is the newer one, if that is what
+// err says: started again, this one does not take its place once more.
+func (e *enrolment) cloned(err error) error {
+	if !errors.Is(err, wire.ErrCloned) {
+		return err
+	}
+	if !e.state.Cloned {
+		e.state.Cloned = true
+		if serr := e.save(); serr != nil {
+			err = errors.Join(err, serr)
+		}
+	}
+	return fmt.Errorf("%w; to go on with this one stop the other and start this again; "+
+		"if there shall be both, give each a state directory of its own: delete the copied one, and its node enrols as another", err)
 }
 
 type registrar interface {
@@ -62,6 +97,14 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 	useKey := hasKey && !e.state.Enrolled
 	e.before, e.expired = e.state, nil
 	old := identity.NodePublic{}
+	if !e.state.Next.IsZero() {
+		// There was a crash while the key was replaced: the new one first.
+		err := e.offerNext(ctx, false)
+		if err == nil || worthRetry(err) || ctx.Err() != nil || errors.Is(err, wire.ErrCloned) {
+			return err
+		}
+		e.log.Info("the node's next key was refused", zap.Error(err))
+	}
 	for try := 0; ; try++ {
 		e.asked = wire.RegisterRequest{
 			Version:    wire.CapabilityVersion,
@@ -69,13 +112,14 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 			OldNodeKey: old,
 			Hostinfo:   e.hostinfo(),
 			Ephemeral:  e.cfg.Ephemeral,
+			MeshYield:  e.state.Cloned,
 		}
 		if useKey {
 			e.asked.Auth = &wire.RegisterAuth{AuthKey: e.cfg.AuthKey}
 		}
-		_, err := e.server.Register(ctx, e.asked)
+		resp, err := e.server.Register(ctx, e.asked)
 		if err == nil {
-			return e.accepted()
+			return e.accepted(resp)
 		}
 		var login *control.NeedsLoginError
 		needsLogin := errors.As(err, &login)
@@ -105,7 +149,7 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 		}
 		e.log.Info("saved identity is no longer good, enrolling anew", zap.Error(err))
 		e.state.Node, e.state.Enrolled = identity.NewNode(), false
-		if err := e.state.Save(e.store); err != nil {
+		if err := e.save(); err != nil {
 			return err
 		}
 		useKey = hasKey
@@ -113,12 +157,16 @@ func (e *enrolment) register(ctx context.Context, mayRekey bool) error {
 }
 
 // accepted notes that the control server took the node.
-func (e *enrolment) accepted() error {
-	if e.state.Enrolled {
+func (e *enrolment) accepted(resp *wire.RegisterResponse) error {
+	if resp != nil && resp.MeshReplaced {
+		e.log.Warn("another process was this node until now and has been told to stop: if it was not this one before a restart, its state was copied")
+	}
+	k := e.state.Node.Public()
+	if saved := e.state.Enrolled && !e.state.Cloned && e.public.Load() != nil && *e.public.Load() == k; saved {
 		return nil
 	}
-	e.state.Enrolled = true
-	return e.state.Save(e.store)
+	e.state.Enrolled, e.state.Cloned = true, false
+	return e.save()
 }
 
 // refused notes that the control server does not take the node. If it has a new
@@ -129,7 +177,7 @@ func (e *enrolment) refused(err error) error {
 		return err
 	}
 	e.state = e.before
-	if serr := e.state.Save(e.store); serr != nil {
+	if serr := e.save(); serr != nil {
 		return errors.Join(err, serr)
 	}
 	return err

@@ -86,8 +86,9 @@ const clockCheck = time.Minute
 
 // watchExpiry puts keys out of use when they expire, whether or not the control
 // server is there to say so. It returns wire.ErrNodeKeyExpired when the node's
-// own key has, and nil when ctx ends.
-func (s *Session) watchExpiry(ctx context.Context, e *enrolment, key identity.NodePublic) error {
+// own key has, and nil when ctx ends. It also sees to it that the node's key is
+// replaced long before.
+func (s *Session) watchExpiry(ctx context.Context, e *enrolment) error {
 	var good time.Time // an expiry of our own that the control server does not insist on
 	for {
 		s.applying.Lock()
@@ -96,8 +97,8 @@ func (s *Session) watchExpiry(ctx context.Context, e *enrolment, key identity.No
 		var wait <-chan time.Time
 		if m != nil {
 			now := time.Now()
-			if self := m.Self(); m.Expired(self, now) && (good.IsZero() || !good.Equal(self.KeyExpiry)) {
-				if !s.stillGood(ctx, e, key) {
+			if self := m.Self(); m.Expired(self, now) && self.Key == e.key() && (good.IsZero() || !good.Equal(self.KeyExpiry)) {
+				if !s.stillGood(ctx, e, self.Key) {
 					if ctx.Err() != nil {
 						return nil
 					}
@@ -106,7 +107,11 @@ func (s *Session) watchExpiry(ctx context.Context, e *enrolment, key identity.No
 				good = self.KeyExpiry
 			}
 			s.applyExpiry(now)
-			if next := m.NextExpiry(now); !next.IsZero() {
+			next := s.renewSoon(now, m.Renewal(now))
+			if at := m.NextExpiry(now); next.IsZero() || !at.IsZero() && at.Before(next) {
+				next = at
+			}
+			if !next.IsZero() {
 				wait = time.After(max(0, min(next.Sub(now), clockCheck)))
 			}
 		}

@@ -48,9 +48,10 @@ func TestOwnExpiry(t *testing.T) {
 				server := &answers{errs: tc.errs}
 				s := &Session{log: zap.NewNop(), mapped: make(chan struct{}, 1), maps: appliedMaps{m, m}}
 				e := &enrolment{log: zap.NewNop(), server: server}
+				e.public.Store(&key)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 				defer cancel()
-				if err := s.watchExpiry(ctx, e, key); !errors.Is(err, tc.want) {
+				if err := s.watchExpiry(ctx, e); !errors.Is(err, tc.want) {
 					t.Errorf("error %v", err)
 				}
 				if took := time.Since(begin); took != tc.took {

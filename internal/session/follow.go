@@ -94,9 +94,9 @@ func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
 		s.apply(saved, netmap.Rebase(nil, saved))
 		close(first)
 	}
-	key := e.state.Node.Public()
+	key := e.key()
 	wg.Go(func() {
-		if err := s.watchExpiry(ctx, e, key); err != nil {
+		if err := s.watchExpiry(ctx, e); err != nil {
 			fatal <- err
 		}
 	})
@@ -104,6 +104,9 @@ func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
 		if err := s.keepRegistering(ctx, e, trouble); err != nil {
 			fatal <- err
 			return
+		}
+		if e.key() != key {
+			s.adoptKey(ctx, e) // the one that a crash had kept from use
 		}
 		var once sync.Once
 		fatal <- s.coordinate(ctx, e, saved, func() {
@@ -300,19 +303,39 @@ func (s *Session) closeEngine() {
 }
 
 // coordinate follows the map stream until the session stops or the control
-// server puts the node out. onMap is called after each map is in force.
+// server puts the node out, with another key when that is due. onMap is called
+// after each map is in force.
 func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.Map, onMap func()) error {
+	for {
+		poll, endPoll := context.WithCancelCause(ctx)
+		err := s.followMap(poll, e, inForce, onMap, endPoll)
+		endPoll(nil)
+		if ctx.Err() != nil || !errors.Is(err, errRenewKey) {
+			return err
+		}
+		s.renewKey(ctx, e)
+		s.applying.Lock()
+		inForce = s.maps.told
+		s.applying.Unlock()
+	}
+}
+
+// followMap follows the map stream with the present key. endPoll, which ends it,
+// is there for renewSoon while it runs.
+func (s *Session) followMap(ctx context.Context, e *enrolment, inForce *netmap.Map, onMap func(), endPoll context.CancelCauseFunc) error {
+	use := sync.OnceFunc(func() { s.useKey(e) })
 	keep := e.store
 	if s.cfg.ForgetMap {
 		keep = nil
 	}
 	var cs *control.Session
 	cs = e.client.NewSession(control.SessionConfig{
-		NodeKey:   e.state.Node.Public(),
+		NodeKey:   e.key(),
 		InForce:   inForce,
 		Ephemeral: s.cfg.Ephemeral,
 		Store:     keep,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
+			use() // peers hear of it now
 			if s.apply(m, d) {
 				cs.SetApplied(m.PolicyVersion(), m.Version())
 			}
@@ -329,10 +352,14 @@ func (s *Session) coordinate(ctx context.Context, e *enrolment, inForce *netmap.
 	})
 	tell := func() { cs.SetHostState(s.hostState(e)) }
 	s.mu.Lock()
-	s.told, s.retry = tell, cs.Retry
+	s.told, s.retry, s.endPoll = tell, cs.Retry, endPoll
 	s.mu.Unlock()
 	tell()
-	return cs.Run(ctx)
+	err := cs.Run(ctx)
+	s.mu.Lock()
+	s.endPoll = nil
+	s.mu.Unlock()
+	return err
 }
 
 // hostState is what control should know of this node now.
@@ -361,7 +388,7 @@ func (s *Session) settle(e *enrolment) {
 	}
 	h := s.hostState(e)
 	err := e.client.Update(ctx, wire.MapRequest{
-		NodeKey: e.state.Node.Public(), DiscoKey: h.DiscoKey, Hostinfo: h.Hostinfo,
+		NodeKey: e.key(), DiscoKey: h.DiscoKey, Hostinfo: h.Hostinfo,
 		Endpoints: h.Endpoints, EndpointTypes: h.EndpointTypes,
 	})
 	if err != nil {

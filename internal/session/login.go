@@ -30,13 +30,13 @@ func (s *Session) passLogin(e *enrolment, err error) error {
 		req := e.asked
 		req.Auth, req.Followup = nil, login.URL
 		ctx, cancel := context.WithTimeout(s.ctx, followTime)
-		_, err := e.server.Register(ctx, req)
+		resp, err := e.server.Register(ctx, req)
 		waited := ctx.Err() != nil
 		cancel()
 		var next *control.NeedsLoginError
 		switch {
 		case err == nil:
-			return e.accepted()
+			return e.accepted(resp)
 		case s.ctx.Err() != nil:
 			return context.Cause(s.ctx)
 		case waited:

@@ -5,6 +5,7 @@ package session
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -74,17 +75,19 @@ type Session struct {
 
 	late atomic.Uint64 // see Dropped.Late
 
-	mu        sync.Mutex    // guards the fields below
-	end       error         // why the session ended
-	trouble   error         // the last failure of what is tried again, nil when all is well
-	latest    *path.Report  // of this node's network, nil before the first
-	retry     func()        // makes the connection to control look for itself; nil like told
-	told      func()        // makes control hear of latest; nil before there is somebody to tell
-	login     error         // a person has to log in; nil if not
-	loginTold error         // the last login that WaitLogin returned
-	barred    error         // why a node that was up may not be used for now; nil if it may
-	turned    chan struct{} // closed and replaced when login or barred change
-	another   chan struct{} // closed and replaced when another map is in force
+	mu        sync.Mutex              // guards the fields below
+	end       error                   // why the session ended
+	trouble   error                   // the last failure of what is tried again, nil when all is well
+	latest    *path.Report            // of this node's network, nil before the first
+	retry     func()                  // makes the connection to control look for itself; nil like told
+	told      func()                  // makes control hear of latest; nil before there is somebody to tell
+	login     error                   // a person has to log in; nil if not
+	loginTold error                   // the last login that WaitLogin returned
+	barred    error                   // why a node that was up may not be used for now; nil if it may
+	turned    chan struct{}           // closed and replaced when login or barred change
+	another   chan struct{}           // closed and replaced when another map is in force
+	endPoll   context.CancelCauseFunc // of the connection to control; nil while there is none
+	noRenewal time.Time               // before it the node's key is not replaced
 }
 
 // Start begins a session. It never fails: Ended and Err tell how it went.
@@ -197,6 +200,7 @@ func (s *Session) live() (err error) {
 		URL:       s.cfg.ControlURL,
 		ServerKey: s.cfg.ControlKey,
 		Machine:   state.Machine,
+		Instance:  rand.Text(),
 		Dial:      s.cfg.DialTCP,
 		Logger:    s.log,
 	})
@@ -207,7 +211,10 @@ func (s *Session) live() (err error) {
 	if err := client.Proven(); err != nil {
 		return fmt.Errorf("%w with Node.ControlKey or MESH_CONTROL_KEY", err)
 	}
-	return s.follow(&enrolment{cfg: s.cfg, log: s.log, store: store, state: state, client: client, server: client})
+	e := &enrolment{cfg: s.cfg, log: s.log, store: store, state: state, client: client, server: client}
+	own := state.Node.Public()
+	e.public.Store(&own)
+	return e.cloned(s.follow(e))
 }
 
 // link is the packet side of the stack, as the engine wants it.

@@ -75,8 +75,14 @@ type Status struct {
 	// LoginURL is where a person has to log in before the node comes up, or
 	// goes on after its key expired; "" if nobody has to.
 	LoginURL string `json:",omitempty"`
-	Dropped  Dropped
-	Peers    []PeerStatus // sorted by name
+	// KeyExpiry is when the node's key expires, zero = never. KeyRenewal is when
+	// the node makes itself another before that; zero, while it expires, means
+	// that it cannot: unless an auth key renews it when it has expired, a person
+	// has to log in then.
+	KeyExpiry  time.Time `json:",omitzero"`
+	KeyRenewal time.Time `json:",omitzero"`
+	Dropped    Dropped
+	Peers      []PeerStatus // sorted by name
 }
 
 // Dropped counts packets that went nowhere since the node started, or since its
@@ -122,6 +128,8 @@ func (s *Session) Status() *Status {
 		Self:          m.SelfIdentity(),
 		PolicyVersion: m.PolicyVersion(),
 		HomeRelay:     s.engine.Load().HomeRegion(),
+		KeyExpiry:     m.OwnExpiry(),
+		KeyRenewal:    m.Renewal(time.Now()),
 	}
 	url, login := s.pendingLogin()
 	st.LoginURL = url

@@ -278,11 +278,12 @@ func (g *gate) close() {
 	}
 }
 
-// keyring are the node's keys: the one in use, and for a while the one before.
+// keyring are the node's keys: the one in use, and for a while the one before
+// or the one to come.
 type keyring struct {
 	current *localKey
-	former  *localKey // nil if there is none
-	until   time.Time // when the former one is over
+	former  *localKey // or the next; nil if there is none
+	until   time.Time // when the former one is over; zero for the next
 }
 
 // knownTo returns the key of ours that the sender of a handshake message knows.
@@ -290,7 +291,7 @@ func (r *keyring) knownTo(msg []byte, now time.Time) *localKey {
 	switch {
 	case r.current.door.knows(msg):
 		return r.current
-	case r.former != nil && now.Before(r.until) && r.former.door.knows(msg):
+	case r.former != nil && (r.until.IsZero() || now.Before(r.until)) && r.former.door.knows(msg):
 		return r.former
 	}
 	return nil
@@ -301,17 +302,47 @@ func (r *keyring) owns(key identity.NodePublic) bool {
 	return key == r.current.public || r.former != nil && key == r.former.public
 }
 
+// AddKey makes the Tunnel answer to a second private key, which SetKey will make
+// the node's: so peers may hear of it first. The one that SetKey replaced last is
+// not answered to any more.
+func (t *Tunnel) AddKey(k identity.NodePrivate) error {
+	key, err := t.localKey(k)
+	if err != nil {
+		return err
+	}
+	t.route.Lock()
+	defer t.route.Unlock()
+	if t.closed {
+		return ErrClosed
+	}
+	current := t.keys.Load().current
+	if key.public == current.public {
+		return nil
+	}
+	t.revision.Add(1)
+	t.keys.Store(&keyring{current: current, former: key})
+	return nil
+}
+
+func (t *Tunnel) localKey(k identity.NodePrivate) (*localKey, error) {
+	if k.IsZero() {
+		return nil, errors.New("tunnel: no private key")
+	}
+	key, err := newLocalKey(k)
+	if err != nil {
+		return nil, fmt.Errorf("tunnel: %w", err)
+	}
+	return key, nil
+}
+
 // SetKey replaces the node's private key. Sessions live on until they are
 // renewed, which is begun at once: a peer that has heard of the new key answers
 // now, one that has not when it does. Initiations made for the former key are
 // answered for three minutes more.
 func (t *Tunnel) SetKey(k identity.NodePrivate) error {
-	if k.IsZero() {
-		return errors.New("tunnel: no private key")
-	}
-	key, err := newLocalKey(k)
+	key, err := t.localKey(k)
 	if err != nil {
-		return fmt.Errorf("tunnel: %w", err)
+		return err
 	}
 	t.route.Lock()
 	if t.closed {
