@@ -195,7 +195,7 @@ func (c *Conn) EnqueueForward(p Priority, src, dst identity.NodePublic, packets 
 	q := &c.queues[p]
 	before := q.dropped
 	for _, b := range packets {
-		q.push(FrameForwardPacket, &from, to[:], b)
+		q.pushTo(FrameForwardPacket, &from, &to, b)
 	}
 	c.wakeLocked()
 	return q.dropped != before

@@ -117,13 +117,19 @@ func (q *queue) greedy(s *keyShare) bool {
 	return n > 1 && s.frames > 1 && (s.frames*n > q.maxFrames || s.bytes*n > q.maxBytes)
 }
 
-// push appends a frame of an optional key and a body in parts. In a fair queue that is
+// push appends a frame of an optional key and a body. In a fair queue that is
 // full, it drops the frame instead if its key has more than its part: one busy
 // peer does not push the packets of others out.
-func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body ...[]byte) {
-	n := 0
-	for _, b := range body {
-		n += len(b)
+func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body []byte) {
+	q.pushTo(t, key, nil, body)
+}
+
+// pushTo is push with a second key behind the first, to whose share the frame
+// does not count.
+func (q *queue) pushTo(t FrameType, key, to *[identity.KeyLen]byte, body []byte) {
+	n := len(body)
+	if to != nil {
+		n += len(to)
 	}
 	if key != nil {
 		n += len(key)
@@ -155,9 +161,10 @@ func (q *queue) push(t FrameType, key *[identity.KeyLen]byte, body ...[]byte) {
 	if key != nil {
 		k.b = append(k.b, key[:]...)
 	}
-	for _, b := range body {
-		k.b = append(k.b, b...)
+	if to != nil {
+		k.b = append(k.b, to[:]...)
 	}
+	k.b = append(k.b, body...)
 	k.frames++
 	q.frames++
 	q.bytes += need

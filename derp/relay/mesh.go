@@ -208,10 +208,15 @@ func (c *session) handleMesh(f derp.Frame) bool {
 		return true
 	}
 	dst, packet, ok := derp.SplitKey(rest)
-	if ok {
-		c.collect(key, dst, packet)
+	if !ok {
+		return false
 	}
-	return ok
+	if c.run.src != key {
+		c.flush()
+		c.run.src = key
+	}
+	c.collect(dst, packet)
+	return true
 }
 
 // lastSession returns a connection of the peer at this relay, nil if it has none.

@@ -294,7 +294,7 @@ func (c *session) handle(f derp.Frame) error {
 		if !ok {
 			return bad("too short")
 		}
-		c.collect(c.key, dst, packet)
+		c.collect(dst, packet)
 	case derp.FrameNotePreferred:
 		if len(f.Payload) != 1 {
 			return bad("wrong length")
@@ -325,13 +325,13 @@ func (c *session) handle(f derp.Frame) error {
 }
 
 // collect adds a packet to the run, after passing on one that does not fit.
-func (c *session) collect(src, dst identity.NodePublic, packet []byte) {
+func (c *session) collect(dst identity.NodePublic, packet []byte) {
 	p := derp.PacketPriority(packet)
 	r := &c.run
-	if len(r.packets) > 0 && (r.dst != dst || r.priority != p || len(r.packets) >= maxRun || c.mesh && r.src != src) {
+	if len(r.packets) > 0 && (r.dst != dst || r.priority != p || len(r.packets) >= maxRun) {
 		c.flush()
 	}
-	r.src, r.dst, r.priority = src, dst, p
+	r.dst, r.priority = dst, p
 	r.packets = append(r.packets, packet)
 	r.bytes += len(packet)
 }
@@ -380,12 +380,16 @@ func (c *session) flush() {
 	}
 	// Before the packets, so that a receiver never misses the end of a sender
 	// it has heard from.
+	src := c.key
 	if !c.mesh {
 		c.peer.noteReceiver(r.dst)
-	} else if from := c.srv.lookup(r.src); from != nil {
-		from.noteReceiver(r.dst)
+	} else {
+		src = r.src
+		if from := c.srv.lookup(src); from != nil {
+			from.noteReceiver(r.dst)
+		}
 	}
-	if dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, r.src, r.packets...) {
+	if dst.conn.EnqueuePackets(r.priority, derp.FrameRecvPacket, src, r.packets...) {
 		// We are faster than the writer: let it run before we drop more.
 		runtime.Gosched()
 	}
