@@ -108,7 +108,11 @@ func TestRandomChanges(t *testing.T) {
 		add()
 	}
 	byID := map[wire.NodeID]string{}
-	for range 150 {
+	steps := 150
+	if long() {
+		steps = 10_000
+	}
+	for range steps {
 		p := peers[rng.IntN(len(peers))]
 		switch rng.IntN(10) {
 		case 0, 1:

@@ -97,27 +97,59 @@ func (s *Server) scheduleNode(n *node) {
 	}
 }
 
-// janitor does what is due: nodes and relays that went silent, keys that expire, reports
-// to store.
+// clockStep is more than a clock is off between two looks if nobody set it.
+const clockStep = 2 * time.Second
+
+// janitor does what is due: nodes and relays that went silent, keys that expire,
+// reports to store.
 func (s *Server) janitor() {
 	flush := time.NewTicker(max(s.cfg.FlushInterval, time.Millisecond))
 	defer flush.Stop()
 	due := time.NewTimer(0)
 	defer due.Stop()
+	last := s.cfg.Now().Round(0) // by the wall clock
 	for {
+		flushing := false
 		select {
 		case <-s.ctx.Done():
 			return
 		case <-s.kick: // a deadline or a grant came that is the next one
 		case <-due.C:
 		case <-flush.C:
+			flushing = true
+		}
+		now := s.cfg.Now().Round(0)
+		ahead := now.Sub(last) > s.cfg.FlushInterval+clockStep
+		if now.Sub(last) < -clockStep {
+			s.clockSetBack()
+		}
+		last = now
+		if flushing {
 			if err := s.flush(s.ctx); err != nil && s.ctx.Err() == nil {
 				s.log.Error("what nodes report could not be stored", zap.Error(err))
 			}
-			continue
+			if !ahead {
+				continue
+			}
 		}
-		// An hour at most, in case the clock is set.
 		due.Reset(min(max(s.lookAtDue(), 0), time.Hour))
+	}
+}
+
+// clockSetBack lets nodes in again whose keys expired because the clock was ahead. Work for all nodes,
+// but clocks are not set every day.
+func (s *Server) clockSetBack() {
+	s.log.Warn("the clock was set back")
+	s.opMu.Lock()
+	defer s.opMu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.nodes.byID {
+		if n.expired {
+			s.reconsider(n, wire.CodeNodeKeyExpired)
+		} else {
+			s.scheduleNode(n)
+		}
 	}
 }
 
