@@ -5,6 +5,12 @@
 // prints a table of medians and ratios:
 //
 //	cd internal/bench && go run .
+//	cd internal/bench && go run . -markdown                          what has a target, for the README
+//	cd internal/bench && go run . -only '^repeat$' -repeat 100       no stream of 800 is lost
+//	cd internal/bench && go run . -race -rounds 1 -seconds 0.3 -stacks ours -only '^(same|lossy)$'
+//
+// Tests of the relay alone, and programs that show how large they are, come from
+// the modules relay, ours/minimal and stock/minimal.
 //
 // Absolute figures depend on the machine and on what else it does; ratios of
 // one run are what it is for.
@@ -29,6 +35,8 @@ type options struct {
 	seconds  float64
 	short    int
 	fleet    int
+	repeat   int
+	markdown bool
 	only     *regexp.Regexp
 	stacks   *regexp.Regexp
 	profiles string
@@ -41,7 +49,10 @@ func main() {
 	var also stringList
 	flag.IntVar(&o.rounds, "rounds", 5, "rounds; the table has the medians")
 	flag.Float64Var(&o.seconds, "seconds", 1.5, "length of a stream or of a series of calls")
-	flag.IntVar(&o.short, "short", 2000, "short connections per round")
+	flag.IntVar(&o.short, "short", 20_000, "short connections")
+	flag.IntVar(&o.repeat, "repeat", 0, "runs of eight streams of this library, none of which may be lost")
+	flag.BoolVar(&o.markdown, "markdown", false, "print only what has a target, with the machine, for a README")
+	race := flag.Bool("race", false, "build this library's program with the race detector; its figures mean little")
 	flag.IntVar(&o.fleet, "fleet", 500, "nodes of the process full of nodes")
 	only := flag.String("only", "", "regular expression of the scenarios to run: "+strings.Join(scenarioNames(), ", "))
 	stacks := flag.String("stacks", "", "regular expression of the stacks to measure: ours, tsnet, wg")
@@ -53,7 +64,7 @@ func main() {
 	flag.Parse()
 	o.only, o.stacks = regexp.MustCompile(*only), regexp.MustCompile(*stacks)
 	if os.Getenv(insideEnv) == "" {
-		os.Exit(enter(ours, stock))
+		os.Exit(enter(ours, stock, *race))
 	}
 	if err := network(); err != nil {
 		fatal("prepare the network namespace: %v", err)
@@ -78,8 +89,8 @@ func main() {
 	}
 	begin := time.Now()
 	b.run()
-	fmt.Printf("%s, %s, %s/%s, %d CPUs, %d rounds in %v\n\n", time.Now().Format("2006-01-02"), runtime.Version(),
-		runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), o.rounds, time.Since(begin).Round(time.Second))
+	fmt.Printf("%s, %s, %s/%s, %s, %d rounds in %v\n\n", time.Now().Format("2006-01-02"), runtime.Version(),
+		runtime.GOOS, runtime.GOARCH, machine(), o.rounds, time.Since(begin).Round(time.Second))
 	b.print(os.Stdout)
 	if len(b.failures) > 0 {
 		fmt.Println("\nFailures:")
@@ -88,6 +99,20 @@ func main() {
 		}
 		os.Exit(1)
 	}
+}
+
+// machine says what the figures were measured on.
+func machine() string {
+	model := ""
+	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(info)) {
+			if name, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				model = strings.TrimSpace(v) + ", "
+				break
+			}
+		}
+	}
+	return fmt.Sprintf("%s%d CPUs", model, runtime.NumCPU())
 }
 
 type stringList []string
@@ -101,9 +126,9 @@ func fatal(format string, args ...any) {
 }
 
 // build builds the program of a module below this one.
-func build(module, into string) (string, error) {
+func build(module, into string, flags ...string) (string, error) {
 	program := filepath.Join(into, module)
-	cmd := exec.Command("go", "build", "-o", program, ".")
+	cmd := exec.Command("go", append(append([]string{"build"}, flags...), "-o", program, ".")...)
 	cmd.Dir = module
 	cmd.Stderr = os.Stderr
 	if err := cmd.Run(); err != nil {
@@ -114,14 +139,18 @@ func build(module, into string) (string, error) {
 
 // enter builds what is not built and runs this program again in a network
 // namespace of its own. It returns its exit status.
-func enter(ours, stock string) int {
+func enter(ours, stock string, race bool) int {
 	dir, err := os.MkdirTemp("", "bench")
 	if err != nil {
 		fatal("%v", err)
 	}
 	defer os.RemoveAll(dir)
 	if ours == "" {
-		if ours, err = build("ours", dir); err != nil {
+		var flags []string
+		if race {
+			flags = append(flags, "-race")
+		}
+		if ours, err = build("ours", dir, flags...); err != nil {
 			fatal("%v", err)
 		}
 	}
@@ -130,9 +159,13 @@ func enter(ours, stock string) int {
 			fatal("%v", err)
 		}
 	}
+	relay, err := build("relay", dir)
+	if err != nil {
+		fatal("%v", err)
+	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), insideEnv+"=1", oursEnv+"="+ours, stockEnv+"="+stock)
+	cmd.Env = append(os.Environ(), insideEnv+"=1", oursEnv+"="+ours, stockEnv+"="+stock, relayEnv+"="+relay)
 	isolate(cmd)
 	signal.Ignore(os.Interrupt) // the child hears it as well
 	if err := cmd.Run(); err != nil {
@@ -148,4 +181,5 @@ const (
 	insideEnv = "MESH_BENCH_INSIDE"
 	oursEnv   = "MESH_BENCH_OURS"
 	stockEnv  = "MESH_BENCH_STOCK"
+	relayEnv  = "MESH_BENCH_RELAY"
 )

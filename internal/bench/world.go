@@ -14,6 +14,7 @@ type world struct {
 	stack     *stack
 	scenario  string
 	relayed   bool
+	lossy     bool
 	servers   *process // nil if the stack needs none
 	info      load.ServersInfo
 	count     int // nodes to come
@@ -69,7 +70,7 @@ func (w *world) node(p *process, name string) (place, error) {
 	w.index++
 	var j load.Joined
 	err := p.call("up", load.NodeArgs{
-		Name: name, Index: w.index, Count: w.count, Control: w.info.Control, AuthKey: w.info.AuthKey, Relay: w.relayed,
+		Name: name, Index: w.index, Count: w.count, Control: w.info.Control, AuthKey: w.info.AuthKey, Relay: w.relayed, Lossy: w.lossy,
 	}, &j)
 	return place{p, name, j.Addr, j.Seconds}, err
 }

@@ -29,6 +29,7 @@ type NodeArgs struct {
 	Control string
 	AuthKey string
 	Relay   bool // all traffic by relay
+	Lossy   bool // on a network that loses and reorders, where the stack can have one
 	MTU     int  // where it can be chosen; 0 = the stack's default
 	Count   int  // nodes of the run, where each has to know
 }
@@ -50,6 +51,7 @@ type ServersInfo struct{ Control, AuthKey string }
 type Stack struct {
 	Node    func(ctx context.Context, a NodeArgs) (Node, error) // returns when the node is up
 	Servers func() (Servers, error)                             // nil if nodes need none
+	Apply   func(peers int) (Applied, error)                    // nil if that cannot be measured apart
 }
 
 // Patience is how long anything may take.
@@ -86,6 +88,8 @@ func Main(s Stack) {
 		"servers":  op(a.startServers),
 		"fake":     op(a.fake),
 		"groups":   op(a.groups),
+		"halves":   op(a.halves),
+		"apply":    op(a.apply),
 		"fleet":    op(a.fleet),
 		"dump":     op(a.dump),
 		"up":       op(a.up),
@@ -213,18 +217,6 @@ func (a *agent) up(ctx context.Context, n NodeArgs) (any, error) {
 
 // NodeName names a node of the process.
 type NodeName struct{ Node string }
-
-func (a *agent) down(_ context.Context, n NodeName) (any, error) {
-	node := a.node(n.Node)
-	a.mu.Lock()
-	delete(a.nodes, n.Node)
-	a.mu.Unlock()
-	begin := time.Now()
-	if err := node.Close(); err != nil {
-		return nil, err
-	}
-	return time.Since(begin).Seconds(), nil
-}
 
 func (a *agent) node(name string) Node {
 	a.mu.Lock()

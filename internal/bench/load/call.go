@@ -44,6 +44,7 @@ func (a *agent) serve(_ context.Context, n NodeName) (any, error) {
 				}
 			}
 		},
+		HoldPort: hold,
 		ShortPort: func(c net.Conn) {
 			c.Write([]byte("x"))
 			c.Close()

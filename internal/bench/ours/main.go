@@ -18,7 +18,7 @@ import (
 	"mesh/internal/bench/load"
 )
 
-func main() { load.Main(load.Stack{Node: newNode, Servers: newServers}) }
+func main() { load.Main(load.Stack{Node: newNode, Servers: newServers, Apply: apply}) }
 
 type node struct {
 	*mesh.Node
@@ -28,6 +28,9 @@ type node struct {
 func newNode(ctx context.Context, a load.NodeArgs) (load.Node, error) {
 	n := &mesh.Node{
 		Hostname: a.Name, ControlURL: a.Control, AuthKey: a.AuthKey, Ephemeral: true, RelayOnly: a.Relay,
+	}
+	if a.Lossy {
+		n.ListenUDP = listenLossy
 	}
 	st, err := n.Up(ctx)
 	if err != nil {
