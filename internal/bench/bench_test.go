@@ -36,6 +36,30 @@ func TestBench(t *testing.T) {
 	}
 }
 
+// TestBenchUnderRace moves checked bytes over a network that loses and reorders,
+// with this library built with the race detector, and reports no figure but that.
+func TestBenchUnderRace(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("needs network namespaces of Linux")
+	}
+	if testing.Short() {
+		t.Skip("builds with the race detector")
+	}
+	program := filepath.Join(t.TempDir(), "bench")
+	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	out, err := exec.Command(program, "-race", "-rounds", "1", "-seconds", "0.3", "-stacks", "ours", "-only", "^lossy$").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, row := range []string{"with loss and reordering 1 streams lost", "with loss and reordering 8 streams lost"} {
+		if !regexp.MustCompile(`(?m)^\| ` + regexp.QuoteMeta(row) + ` +\| +0 `).Match(out) {
+			t.Errorf("no zero for %q in\n%s", row, out)
+		}
+	}
+}
+
 func TestMedian(t *testing.T) {
 	for _, c := range []struct {
 		in   []float64
@@ -54,6 +78,13 @@ func TestTable(t *testing.T) {
 	b.add(ours, "same 1 stream MB/s", 900)
 	b.add(tsnet, "same 1 stream MB/s", 300)
 	b.add(ours, "idle node: goroutines", 20)
+	b.add(ours, "same HTTP 1 p99 µs", 20)
+	var short strings.Builder
+	b.markdown = true
+	if b.print(&short); strings.Contains(short.String(), "p99") || !strings.Contains(short.String(), "idle node") {
+		t.Errorf("the short table has other rows than those with a target:\n%s", &short)
+	}
+	b.markdown = false
 	var out strings.Builder
 	b.print(&out)
 	for _, want := range []string{

@@ -166,7 +166,7 @@ func binary(b *bench, s *stack) error {
 		return out.String(), nil
 	}
 	program := filepath.Join(dir, "minimal")
-	if _, err := run("build", "-trimpath", "-ldflags=-s -w", "-o", program, "./minimal"); err != nil {
+	if _, err := run("build", "-ldflags=-s -w", "-o", program, "./minimal"); err != nil {
 		return err
 	}
 	st, err := os.Stat(program)
