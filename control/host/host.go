@@ -5,10 +5,12 @@ package host
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"net"
 	"net/http"
@@ -41,6 +43,9 @@ const (
 
 	databaseName   = "mesh.db"
 	embeddedRegion = 900
+	// replicaRegion and a replica's number make the region of its embedded
+	// relay; the first replica has the one that a server alone has.
+	replicaRegion = 64900
 	// maxSocketPath is what the shortest systems allow for a unix socket.
 	maxSocketPath = 103
 )
@@ -87,6 +92,7 @@ type Host struct {
 	addr   string
 	url    string
 	stun   string // "" = none
+	region int    // of the embedded relay
 	socket string
 	// metrics is where they are served, "" = nowhere
 	metrics string
@@ -110,7 +116,7 @@ func Start(cfg Config) (_ *Host, err error) {
 	if cfg.Listen == "" {
 		cfg.Listen = DefaultListen
 	}
-	h := &Host{cfg: cfg, log: cfg.Logger, failed: make(chan error, 1), closing: make(chan struct{})}
+	h := &Host{cfg: cfg, log: cfg.Logger, region: embeddedRegion, failed: make(chan error, 1), closing: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			h.Close()
@@ -201,8 +207,44 @@ func (h *Host) openStore() (err error) {
 		return fmt.Errorf("data directory %s: %w", h.cfg.DataDir, err)
 	}
 	h.onClose(func() { lock.Close() })
-	h.store, err = store.OpenPostgres(ctx, h.cfg.Database)
-	return err
+	files, err := openFiles(h.cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	defer files.Close()
+	name, err := replicaName(files)
+	if err != nil {
+		return err
+	}
+	pg, err := store.OpenPostgres(ctx, h.cfg.Database)
+	if err != nil {
+		return err
+	}
+	h.store = pg
+	number, err := pg.Join(ctx, name)
+	if err != nil {
+		pg.Close()
+		return err
+	}
+	if number > 0 {
+		h.region = replicaRegion + number
+	}
+	return nil
+}
+
+// replicaName is what the other replicas of a database know this data directory
+// by.
+func replicaName(files *identity.FileStore) (string, error) {
+	const file = "replica.id"
+	b, err := files.Read(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		b = []byte(rand.Text())
+		err = files.Write(file, b)
+	}
+	if err != nil {
+		return "", fmt.Errorf("name among the replicas: %w", err)
+	}
+	return string(b), nil
 }
 
 // URL is how nodes reach the control server.

@@ -98,7 +98,7 @@ func (h *Host) makeRelay(stunPort int) (*tls.Config, *wire.DERPRegion, error) {
 		BytesPerSecond: h.cfg.RelayRate,
 	})
 	h.onClose(func() { h.relay.Close() })
-	region := newRegion(embeddedRegion, "mesh", "embedded relay", name, port, stunPort, id.pin)
+	region := newRegion(h.region, "mesh", "embedded relay", name, port, stunPort, id.pin)
 	return relay.TLSConfig(id.cert, h.relay), region, nil
 }
 

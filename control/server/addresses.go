@@ -3,6 +3,7 @@ package server
 import (
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"sort"
 
@@ -78,6 +79,9 @@ func (p *addressPool) at(i uint32) netip.Addr {
 // startAfter makes the pool go on where it was when the n-th node got its
 // address.
 func (p *addressPool) startAfter(n wire.NodeID) { p.next = uint32(uint64(n) % uint64(p.size)) }
+
+// scatter makes the pool go on anywhere.
+func (p *addressPool) scatter() { p.next = rand.Uint32N(p.size) }
 
 // peek returns the next free addresses without taking them.
 func (p *addressPool) peek() (v4, v6 netip.Addr, err error) {

@@ -117,6 +117,8 @@ func (s *Server) adminError(w http.ResponseWriter, err error) {
 		status = http.StatusConflict
 	case errors.Is(err, wire.ErrAddressesUsedUp):
 		status = http.StatusConflict
+	case errors.Is(err, store.ErrUnavailable):
+		status = http.StatusServiceUnavailable
 	case errors.Is(err, store.ErrFull), errors.Is(err, store.ErrReadOnly):
 		status = http.StatusInsufficientStorage
 		s.log.Error("store", zap.Error(err))

@@ -55,7 +55,7 @@ func (s *Server) adminCreateKey(r *http.Request) (any, error) {
 		return nil, err
 	}
 	// Held so that the user cannot go away in between.
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	k, err := s.newKey(in)
 	if err != nil {
@@ -145,7 +145,7 @@ func (s *Server) adminRevokeKey(r *http.Request) (any, error) {
 // also all nodes that enrolled with it last, as RemoveNode does. It returns the
 // names of these.
 func (s *Server) revokeKey(ctx context.Context, by string, id int64, nodes, wait bool) (k store.Key, removed []string, rec *receipt, err error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	var ids []wire.NodeID
 	s.mu.Lock()

@@ -98,7 +98,7 @@ func (s *Server) RemoveNode(ctx context.Context, by, name string) error {
 }
 
 func (s *Server) revokeNode(ctx context.Context, by, name string, wait bool) (*receipt, error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	n, err := s.nodeByName(name)

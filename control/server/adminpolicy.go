@@ -144,7 +144,7 @@ func (s *Server) adminCheckPolicy(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	if _, err := s.tryPolicy(parsed); err != nil {
 		return nil, err

@@ -55,7 +55,7 @@ func (s *Server) adminCreateUser(r *http.Request) (any, error) {
 	if !userName.MatchString(name) {
 		return nil, fmt.Errorf("%w: user name %q: want a login name or an e-mail address", errInvalid, in.Name)
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	_, taken := s.userByName(name)
@@ -74,7 +74,7 @@ func (s *Server) adminCreateUser(r *http.Request) (any, error) {
 }
 
 func (s *Server) adminRemoveUser(r *http.Request) (any, error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	name := r.PathValue("name")
 	s.mu.Lock()

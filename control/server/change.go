@@ -37,7 +37,7 @@ func (s *Server) find(name string) (wire.NodeID, error) {
 // once. Errors: store.ErrNotFound, store.ErrConflict if another node has the
 // name, admin.ErrInvalid.
 func (s *Server) RenameNode(ctx context.Context, by, name, to string) error {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	id, err := s.find(name)
 	if err != nil {
@@ -107,7 +107,7 @@ func (s *Server) knownTags(tags []string) error {
 // now; a key that has expired already stays so. Errors: store.ErrNotFound for
 // node and user, admin.ErrInvalid for a tag that the policy does not have.
 func (s *Server) SetOwner(ctx context.Context, by, name, user string, tags []string) error {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	id, err := s.find(name)
 	if err != nil {
@@ -158,7 +158,7 @@ func (s *Server) expireNode(ctx context.Context, by, name string, at time.Time, 
 	if !at.IsZero() && at.Before(now) {
 		at = now // it was good until now
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	id, err := s.find(name)
 	if err != nil {

@@ -111,7 +111,7 @@ func (s *Server) AddGrant(ctx context.Context, by string, in admin.GrantAdd) (st
 	case len(in.Reason) > maxReason || strings.ContainsFunc(in.Reason, func(r rune) bool { return r < ' ' }):
 		return store.Grant{}, fmt.Errorf("%w: the reason is a line of at most %d bytes", errInvalid, maxReason)
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	now := s.cfg.Now()
 	g := store.Grant{IP: in.IP, Asked: [3][]string{in.Src, in.Dst, in.IP}, Reason: in.Reason, Author: by, Created: now, Until: now.Add(in.For)}
@@ -171,7 +171,7 @@ func (s *Server) meant(p *policy.Policy, selectors []string, nodes *[]wire.NodeI
 // RevokeGrant ends a grant before its time. Errors: store.ErrNotFound,
 // store.ErrConflict if it has ended already.
 func (s *Server) RevokeGrant(ctx context.Context, by string, id int64) (store.Grant, error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	g, err := s.store.EndGrant(context.WithoutCancel(ctx), by, id, "revoked", s.cfg.Now())
 	if err != nil {
@@ -222,7 +222,7 @@ func (s *Server) endGrants(now time.Time) time.Duration {
 	if wait > 0 {
 		return wait
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	now = s.cfg.Now()
 	return s.end(now, "over", func(g *grant) bool {

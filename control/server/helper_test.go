@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -23,13 +26,14 @@ import (
 	"mesh/control/store"
 	"mesh/control/wire"
 	"mesh/identity"
+	"mesh/internal/pgserver/pgtest"
 )
 
 func TestMain(m *testing.M) {
 	// Made here, not in the bubble of whichever test comes first.
 	encoder().EncodeAll([]byte("x"), nil)
 	decoder.DecodeAll(encoder().EncodeAll([]byte("x"), nil), nil)
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(pgtest.Runner{M: m})
 }
 
 // pipes is a listener in memory, for tests under virtual time.
@@ -73,11 +77,12 @@ func (p *pipes) dial(ctx context.Context) (net.Conn, error) {
 type world struct {
 	t     testing.TB
 	s     *Server
-	store *store.SQLite
-	path  string
+	store store.Store
+	path  string // of the file, or URL of the database
 	http  *http.Server
 	dial  func(context.Context) (net.Conn, error)
 	pipes bool // a network in memory, for virtual time
+	dead  bool // it was cut off from its store
 	done  chan struct{}
 }
 
@@ -95,15 +100,34 @@ func bubble(t *testing.T, change func(*Config), f func(*testing.T, *world)) {
 func newWorld(t testing.TB, change func(*Config)) *world {
 	t.Helper()
 	w := &world{t: t, path: filepath.Join(t.TempDir(), "mesh.db")}
+	if os.Getenv("MESH_POSTGRES") != "" { // all of the tests on PostgreSQL, by hand
+		w.path = pgtest.Database(t)
+	}
 	w.start(change)
 	t.Cleanup(w.stop)
 	return w
 }
 
+// openStore opens a file, or a database as a replica of it.
+func openStore(place string) (store.Store, error) {
+	if !strings.HasPrefix(place, "postgres://") {
+		return store.OpenSQLite(context.Background(), place)
+	}
+	pg, err := store.OpenPostgres(context.Background(), place)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := pg.Join(context.Background(), rand.Text()); err != nil {
+		pg.Close()
+		return nil, err
+	}
+	return pg, nil
+}
+
 func (w *world) start(change func(*Config)) {
 	w.t.Helper()
 	var err error
-	if w.store, err = store.OpenSQLite(context.Background(), w.path); err != nil {
+	if w.store, err = openStore(w.path); err != nil {
 		w.t.Fatal(err)
 	}
 	cfg := Config{Store: w.store, DERPMap: &wire.DERPMap{Regions: map[int]*wire.DERPRegion{900: {RegionID: 900, Nodes: []*wire.DERPNode{{Name: "900a", RegionID: 900, HostName: "127.0.0.1"}}}}}}
@@ -135,7 +159,7 @@ func (w *world) start(change func(*Config)) {
 func (w *world) stop() {
 	w.http.Close()
 	<-w.done
-	if err := w.s.Close(); err != nil && !errors.Is(err, context.Canceled) {
+	if err := w.s.Close(); err != nil && !w.dead && !errors.Is(err, context.Canceled) {
 		w.t.Error(err)
 	}
 	w.store.Close()

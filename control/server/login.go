@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"mesh/control/store"
 	"mesh/control/wire"
 	"mesh/identity"
@@ -82,6 +84,7 @@ type login struct {
 	done    chan struct{} // closed when the state is no longer loginPending, or the login is dropped
 	waiter  chan struct{} // of the request that waits; closed when another takes its place
 	place   *list.Element
+	told    *store.Login // what other replicas know of it, nil = nothing
 }
 
 // logins are those that are open, and for as long as they would be, those that
@@ -93,6 +96,7 @@ type logins struct {
 	order     list.List // of *login, oldest first; all live equally long
 	waiting   int       // requests
 	waitingBy map[netip.Prefix]int
+	over      []string // codes of those that other replicas still know
 }
 
 func (g *logins) init() {
@@ -150,6 +154,9 @@ func (g *logins) drop(l *login) {
 		delete(g.byMachine, l.machine)
 	}
 	count(g.bySource, l.source, -1)
+	if l.told != nil {
+		g.over = append(g.over, l.code)
+	}
 	if l.state == loginPending {
 		close(l.done)
 	}
@@ -201,11 +208,16 @@ func (g *logins) ask(e enrolment, source netip.Prefix, followup bool, now time.T
 		enrolment: e, code: stableIDs.EncodeToString(b[:]), source: source,
 		asked: now, expires: now.Add(loginLife), done: make(chan struct{}),
 	}
+	g.add(l)
+	return l, nil
+}
+
+// add takes a login in.
+func (g *logins) add(l *login) {
 	l.place = g.order.PushBack(l)
 	g.byCode[sha256.Sum256([]byte(l.code))] = l
 	g.byMachine[l.machine] = l
-	count(g.bySource, source, 1)
-	return l, nil
+	count(g.bySource, l.source, 1)
 }
 
 // evict drops the oldest login that nobody waits for.
@@ -220,7 +232,7 @@ func (g *logins) evict() bool {
 }
 
 // askLogin answers a machine that has neither a valid identity nor a key.
-func (s *Server) askLogin(c *client, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
+func (s *Server) askLogin(ctx context.Context, c *client, req *wire.RegisterRequest) (*wire.RegisterResponse, error) {
 	if s.cfg.BaseURL == "" {
 		return nil, wire.ErrNeedsLogin // nowhere to send anybody
 	}
@@ -234,9 +246,12 @@ func (s *Server) askLogin(c *client, req *wire.RegisterRequest) (*wire.RegisterR
 		}
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	l, err := s.logins.ask(e, source(c.source), req.Followup != "", s.cfg.Now())
+	s.mu.Unlock()
 	if err != nil {
+		return nil, err
+	}
+	if err := s.shareLogin(ctx, l); err != nil {
 		return nil, err
 	}
 	return &wire.RegisterResponse{AuthURL: s.loginURL(l.code)}, nil
@@ -250,10 +265,18 @@ func (s *Server) loginURL(code string) string {
 // decided or over. What becomes of the request then is register's business.
 func (s *Server) awaitLogin(ctx context.Context, c *client, req *wire.RegisterRequest) {
 	now := s.cfg.Now()
-	s.mu.Lock()
 	g := &s.logins
-	l := g.find(req.Followup, now)
 	from := source(c.source)
+	s.mu.Lock()
+	l := g.find(req.Followup, now)
+	if l == nil && s.replica.store != nil {
+		// It may have asked another replica a moment ago.
+		s.mu.Unlock()
+		s.lockOps()
+		s.opMu.Unlock()
+		s.mu.Lock()
+		l = g.find(req.Followup, now)
+	}
 	switch {
 	case l == nil, l.machine != c.machine, l.state != loginPending,
 		l.waiter == nil && (g.waiting >= maxWaiting || g.waitingBy[from] >= maxWaitingBySource):
@@ -269,6 +292,9 @@ func (s *Server) awaitLogin(ctx context.Context, c *client, req *wire.RegisterRe
 	g.waiting++
 	count(g.waitingBy, from, 1)
 	s.mu.Unlock()
+	if err := s.shareLogin(ctx, l); err != nil {
+		s.log.Debug("other replicas could not be told of a login's new key", zap.Error(err))
+	}
 
 	over := time.NewTimer(l.expires.Sub(now))
 	defer over.Stop()
@@ -314,7 +340,7 @@ func (s *Server) decided(c *client, req *wire.RegisterRequest) (wire.NodeID, err
 // decided already, admin.ErrInvalid.
 func (s *Server) ApproveLogin(ctx context.Context, by, code, user string, tags []string) (wire.NodeID, error) {
 	ctx = context.WithoutCancel(ctx)
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	l, err := s.openLogin(code)
@@ -347,16 +373,14 @@ func (s *Server) ApproveLogin(ctx context.Context, by, code, user string, tags [
 	case err != nil:
 		return 0, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l.decide(loginApproved, id)
+	s.decideLogin(ctx, l, loginApproved, id)
 	return id, nil
 }
 
 // RejectLogin turns away the machine that asks with the given code (or URL).
 // Errors are ApproveLogin's.
 func (s *Server) RejectLogin(ctx context.Context, by, code string) error {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	l, err := s.openLogin(code)
@@ -367,10 +391,19 @@ func (s *Server) RejectLogin(ctx context.Context, by, code string) error {
 	if err := s.store.Note(context.WithoutCancel(ctx), by, "node.reject", label(l.info.Hostname), keyStart(l.machine), s.cfg.Now()); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l.decide(loginRejected, 0)
+	s.decideLogin(ctx, l, loginRejected, 0)
 	return nil
+}
+
+// decideLogin ends the waiting for a login, here and at other replicas. If these
+// cannot be told, the machine asks once more there.
+func (s *Server) decideLogin(ctx context.Context, l *login, state loginState, node wire.NodeID) {
+	s.mu.Lock()
+	l.decide(state, node)
+	s.mu.Unlock()
+	if err := s.shareLogin(context.WithoutCancel(ctx), l); err != nil {
+		s.log.Warn("other replicas could not be told what became of a login", zap.Error(err))
+	}
 }
 
 // openLogin returns a login that is not decided yet. Server.mu is held.

@@ -105,7 +105,7 @@ func (s *Server) setPolicy(ctx context.Context, by string, c policyChange) (Poli
 	if err != nil {
 		return PolicyState{}, fmt.Errorf("%w: %w", ErrPolicy, err)
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	compiled, err := s.tryPolicy(parsed)
 	if err != nil {

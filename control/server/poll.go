@@ -57,9 +57,19 @@ func (s *Server) admitMap(ctx context.Context, c *client, req *wire.MapRequest) 
 	if req.Version < wire.MinCapabilityVersion || c.version < wire.MinCapabilityVersion {
 		return wire.ErrVersionTooOld
 	}
-	s.mu.Lock()
-	_, err := s.ownNode(c, req)
-	s.mu.Unlock()
+	own := func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		_, err := s.ownNode(c, req)
+		return err
+	}
+	err := own()
+	if errors.Is(err, wire.ErrNodeUnknown) && s.replica.store != nil {
+		// It may have enrolled at another replica a moment ago.
+		s.lockOps()
+		s.opMu.Unlock()
+		err = own()
+	}
 	if errors.Is(err, wire.ErrNodeUnknown) {
 		dead, derr := s.store.DeadKey(ctx, req.NodeKey)
 		switch {
@@ -136,7 +146,7 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 
 // rename follows a node's change of host name.
 func (s *Server) rename(ctx context.Context, id wire.NodeID, hostname string) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	n := s.nodes.byID[id]
@@ -298,6 +308,9 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 		st.pending.version = s.owed(n.ID)
 	}
 	n.stream = st
+	if s.replica.store != nil {
+		n.Replica, s.replica.claims[n.ID] = s.replica.name(), true
+	}
 	n.unshown = false // it is there: peers may know
 	n.online, n.offlineAt = presenceOnline, time.Time{}
 	n.Polled = true
@@ -342,7 +355,7 @@ func (s *Server) detach(st *stream) {
 		return
 	}
 	now := s.cfg.Now()
-	n.stream = nil
+	n.stream, n.Replica = nil, ""
 	n.LastSeen, n.idleSince = now, now
 	n.offlineAt = now.Add(s.cfg.OfflineGrace)
 	s.unsaved[n.ID] = struct{}{}

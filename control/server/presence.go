@@ -3,6 +3,7 @@ package server
 import (
 	"container/heap"
 	"context"
+	"maps"
 	"slices"
 	"time"
 
@@ -55,7 +56,7 @@ const neverPolled = 10
 // never. Server.mu is held.
 func (s *Server) removalAt(n *node) time.Time {
 	switch {
-	case !n.Ephemeral || n.stream != nil:
+	case !n.Ephemeral || n.stream != nil || s.away(n):
 		return time.Time{}
 	case n.Polled:
 		return n.idleSince.Add(s.cfg.EphemeralTimeout)
@@ -198,7 +199,7 @@ func (s *Server) lookAtDue() time.Duration {
 
 // expireDue ends the membership of a node whose key has expired.
 func (s *Server) expireDue(id wire.NodeID) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -259,7 +260,7 @@ func (s *Server) rerouted(ids []wire.NodeID) {
 
 // removeIdle removes an ephemeral node that is still silent.
 func (s *Server) removeIdle(id wire.NodeID) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	n := s.nodes.byID[id]
@@ -287,22 +288,21 @@ func (s *Server) removeIdle(id wire.NodeID) {
 // remove forgets a node, in the store and everywhere. With bury its key stays
 // refused as removed by an administrator. opMu is held.
 func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury bool) error {
-	if err := s.removeNode(ctx, by, id, bury); err != nil {
+	if err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, bury, s.cfg.Now()); err != nil {
 		return err
 	}
+	s.forget(id, bury)
 	s.endGrantsOf(id)
 	return nil
 }
 
-func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury bool) error {
-	if err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, bury, s.cfg.Now()); err != nil {
-		return err
-	}
+// forget is remove without the store. opMu is held.
+func (s *Server) forget(id wire.NodeID, bury bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := s.nodes.byID[id]
 	if n == nil {
-		return nil
+		return
 	}
 	s.dropFormer(n)
 	viewers := s.policy.compiled.Visible(id)
@@ -312,6 +312,7 @@ func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury
 	s.deadline.drop(n)
 	delete(s.unsaved, id)
 	s.excuse(id)
+	delete(s.replica.claims, id)
 	if n.stream != nil {
 		code := wire.CodeNodeUnknown
 		if bury {
@@ -333,11 +334,12 @@ func (s *Server) removeNode(ctx context.Context, by string, id wire.NodeID, bury
 	if len(n.routed) > 0 {
 		s.rerouted(affected)
 	}
-	return nil
 }
 
 // flush stores what nodes reported since the last time.
 func (s *Server) flush(ctx context.Context) error {
+	s.replica.reports.Lock()
+	defer s.replica.reports.Unlock()
 	s.mu.Lock()
 	states := make(map[wire.NodeID]store.NodeState, len(s.unsaved))
 	for id := range s.unsaved {
@@ -346,13 +348,22 @@ func (s *Server) flush(ctx context.Context) error {
 		}
 	}
 	clear(s.unsaved)
+	claims := s.replica.claims
+	s.replica.claims = make(map[wire.NodeID]bool)
 	s.mu.Unlock()
-	err := s.store.SaveStates(ctx, states)
+	var err error
+	if s.replica.store != nil {
+		s.unshareLogins(ctx)
+		err = s.replica.store.SaveReports(ctx, states, claims)
+	} else {
+		err = s.store.SaveStates(ctx, states)
+	}
 	if err != nil {
 		s.mu.Lock()
 		for id := range states {
 			s.unsaved[id] = struct{}{}
 		}
+		maps.Copy(s.replica.claims, claims)
 		s.mu.Unlock()
 	}
 	return err

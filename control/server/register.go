@@ -36,6 +36,9 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 		}
 	}
 	resp, err := s.register(r.Context(), c, &req)
+	for try := 1; s.replica.store != nil && errors.Is(err, store.ErrConflict) && try < conflictTries; try++ {
+		resp, err = s.register(r.Context(), c, &req)
+	}
 	switch {
 	case errors.Is(err, errTooManyLogins):
 		s.limit.failed(c.source)
@@ -44,6 +47,10 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 		return
 	case err != nil:
 		code := wire.CodeOf(err)
+		if errors.Is(err, store.ErrUnavailable) {
+			noDatabase(w)
+			return
+		}
 		if code == "" {
 			s.meters.denied(atRegister, nil, denyFail)
 			s.log.Error("registration failed", zap.Error(err))
@@ -124,7 +131,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 	}
 
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	// The same request may have been served meanwhile.
 	if resp, err := s.knownNode(c, req); resp != nil || err != nil {
@@ -176,7 +183,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		case id != 0:
 			return s.rotate(ctx, c, id, req)
 		}
-		return s.askLogin(c, req)
+		return s.askLogin(ctx, c, req)
 	}
 	if buried, err := s.store.Buried(ctx, c.machine, key.ID); err != nil {
 		return nil, err
@@ -205,7 +212,7 @@ func (s *Server) registerKnown(ctx context.Context, c *client, req *wire.Registe
 	if resp == nil || err != nil || req.Expiry.IsZero() {
 		return resp, err
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	now := s.cfg.Now()
 	s.mu.Lock()

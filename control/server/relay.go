@@ -9,6 +9,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
+	"reflect"
 	"slices"
 	"strconv"
 	"time"
@@ -28,8 +30,10 @@ const (
 // relaySet is the relay map: regions given at the start, and relays that
 // announced themselves. It is guarded by Server.mu.
 type relaySet struct {
-	fixed  *wire.DERPMap
-	known  map[identity.NodePublic]*knownRelay
+	fixed *wire.DERPMap
+	known map[identity.NodePublic]*knownRelay
+	// others are the regions of other replicas' own relays.
+	others map[int]*wire.DERPRegion
 	secret []byte // from which the regions' mesh keys are derived; not changed
 }
 
@@ -111,10 +115,19 @@ func (r *relaySet) derpMap() *wire.DERPMap {
 		}
 		m.Regions[id].Nodes = append(m.Regions[id].Nodes, k.node())
 	}
-	for id, region := range r.fixed.Regions {
-		m.Regions[id] = region
-	}
+	maps.Copy(m.Regions, r.others)
+	maps.Copy(m.Regions, r.fixed.Regions)
 	return m
+}
+
+// elsewhere sets the regions of other replicas' own relays, and reports whether
+// they are others than before.
+func (r *relaySet) elsewhere(regions map[int]*wire.DERPRegion) bool {
+	if len(regions) == 0 && len(r.others) == 0 || reflect.DeepEqual(r.others, regions) {
+		return false
+	}
+	r.others = regions
+	return true
 }
 
 // meshOf returns what a relay is told about the others of its region.
@@ -253,7 +266,7 @@ var errTooManyRelays = errors.New("too many relays; remove those that are gone w
 // openRelay stores the relay, tells the nodes, and makes this stream the
 // relay's only one.
 func (s *Server) openRelay(ctx context.Context, key store.Key, nodeKey identity.NodePublic, region *wire.DERPRegion) (*relayStream, error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	now := s.cfg.Now()
 	relay := store.Relay{NodeKey: nodeKey, Region: region, Key: key.ID, Created: now}
@@ -302,7 +315,8 @@ func (s *Server) openRelay(ctx context.Context, key store.Key, nodeKey identity.
 // it replaces, since it has the same address or there are too many.
 func (r *relaySet) place(relay store.Relay) (same *knownRelay, err error) {
 	id := relay.Region.RegionID
-	if _, taken := r.fixed.Regions[id]; taken {
+	_, taken := r.fixed.Regions[id]
+	if _, other := r.others[id]; taken || other {
 		return nil, store.ErrConflict
 	}
 	others, inRegion := 0, 0
@@ -347,7 +361,7 @@ func (k *knownRelay) end(code wire.ErrorCode) {
 // closeRelay notes that a stream has ended. The relay stays in the map for a
 // while, unless it said that it goes.
 func (s *Server) closeRelay(ctx context.Context, key identity.NodePublic, rs *relayStream) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	k := s.relays.known[key]
@@ -374,7 +388,7 @@ func (s *Server) closeRelay(ctx context.Context, key identity.NodePublic, rs *re
 
 // leaveRelay takes a relay that drains out of the map.
 func (s *Server) leaveRelay(key identity.NodePublic, id int64) error {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -429,7 +443,7 @@ func (s *Server) forgetRelay(ctx context.Context, by string, k *knownRelay) erro
 
 // removeRelay forgets the relay with a name, or all of the region with a number.
 func (s *Server) removeRelay(ctx context.Context, by, name string) error {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	region, err := strconv.Atoi(name)
 	if err != nil {

@@ -77,7 +77,7 @@ func (s *Server) ApproveRoutes(ctx context.Context, by, name string, routes []ne
 			return fmt.Errorf("%w: route %v: it overlaps the addresses of the mesh", errInvalid, r)
 		}
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	id, err := s.find(name)
 	if err != nil {

@@ -43,7 +43,7 @@ type Config struct {
 	OfflineGrace     time.Duration // silence after which a node counts as offline; default 10 s
 	EphemeralTimeout time.Duration // silence after which an ephemeral node is removed; default 120 s
 	RelayLease       time.Duration // silence after which a relay leaves the relay map; default 60 s
-	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s
+	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s, with other replicas 100 ms
 	Gather           time.Duration // least time between two messages of a stream, to join what happens at once; default 20 ms
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
 
@@ -71,6 +71,9 @@ func (c *Config) setDefaults() {
 	def(&c.OfflineGrace, 10*time.Second)
 	def(&c.EphemeralTimeout, 120*time.Second)
 	def(&c.RelayLease, 60*time.Second)
+	if shared, ok := c.Store.(store.Shared); ok && shared.Replica() != "" {
+		def(&c.FlushInterval, sharedFlush)
+	}
 	def(&c.FlushInterval, time.Second)
 	def(&c.Gather, 20*time.Millisecond)
 	def(&c.WriteTimeout, 30*time.Second)
@@ -129,6 +132,8 @@ type Server struct {
 	logins   logins
 	receipts receipts
 
+	replica replica
+
 	transport transport
 	limit     limiter
 	meters    *meters
@@ -163,14 +168,20 @@ func New(cfg Config) (*Server, error) {
 	s.store.Observe(s.meters.stored)
 	s.logins.init()
 	s.receipts.open = make(map[*receipt]struct{})
+	s.replica.init(cfg.Store)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.limit.init(cfg.FailureRate, cfg.FailureBurst, cfg.Now)
-	if err := s.load(s.ctx); err != nil {
+	err := s.load(s.ctx)
+	if err == nil {
+		err = s.join(s.ctx)
+	}
+	if err != nil {
 		s.cancel()
 		return nil, fmt.Errorf("control server: %w", err)
 	}
 	s.transport.start(s)
 	s.wg.Go(s.janitor)
+	s.startReplica()
 	return s, nil
 }
 
@@ -178,6 +189,12 @@ func (s *Server) load(ctx context.Context) error {
 	var err error
 	if s.key, err = s.store.ServerKey(ctx); err != nil {
 		return err
+	}
+	if s.replica.store != nil {
+		// Before anything is read: what comes later is in the log.
+		if s.replica.after, err = s.replica.store.Position(ctx); err != nil {
+			return err
+		}
 	}
 	pool, err := newAddressPool(s.cfg.IPv4)
 	if err != nil {
@@ -188,6 +205,9 @@ func (s *Server) load(ctx context.Context) error {
 		return err
 	}
 	s.nodes.init(pool, last)
+	if s.replica.store != nil {
+		pool.scatter() // others hand addresses out at the same time
+	}
 	grants, err := s.store.Grants(ctx, false, 0)
 	if err != nil {
 		return err
@@ -229,6 +249,21 @@ func (s *Server) load(ctx context.Context) error {
 	return s.loadShadow(ctx)
 }
 
+// join makes a loaded server one of the replicas, if it is to be one. Nobody else
+// has the server yet.
+func (s *Server) join(ctx context.Context) error {
+	if s.replica.store == nil {
+		return nil
+	}
+	s.opMu.Lock()
+	err := s.followLogins(ctx)
+	s.opMu.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.beatOnce(ctx)
+}
+
 // Key returns the public key that nodes may pin.
 func (s *Server) Key() identity.MachinePublic { return s.key.Public() }
 
@@ -241,6 +276,9 @@ func (s *Server) Close() error {
 		s.transport.close()
 		s.wg.Wait()
 		err = s.flush(context.Background())
+		if s.replica.store != nil {
+			err = errors.Join(err, s.replica.store.Leave(context.Background()))
+		}
 	})
 	return err
 }

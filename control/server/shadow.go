@@ -189,7 +189,7 @@ func (s *Server) SetShadow(ctx context.Context, by, text string) (store.Policy, 
 			return store.Policy{}, fmt.Errorf("%w: %w", ErrPolicy, err)
 		}
 	}
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	p, err := s.store.SetShadow(context.WithoutCancel(ctx), by, text, s.cfg.Now())
 	if err != nil {

@@ -55,7 +55,7 @@ func (s *Server) SuspendUser(ctx context.Context, by, name string, suspend bool)
 }
 
 func (s *Server) suspendUser(ctx context.Context, by, name string, suspend, wait bool) (*receipt, error) {
-	s.opMu.Lock()
+	s.lockOps()
 	defer s.opMu.Unlock()
 	s.mu.Lock()
 	u, ok := s.userByName(name)

@@ -311,6 +311,12 @@ func refuse(w http.ResponseWriter, err error) {
 	http.Error(w, err.Error(), status)
 }
 
+// noDatabase answers while the database is away.
+func noDatabase(w http.ResponseWriter) {
+	w.Header().Set("Retry-After", "5")
+	http.Error(w, "the database of the control server cannot be reached; try again", http.StatusServiceUnavailable)
+}
+
 // tooMany answers with 429.
 func tooMany(w http.ResponseWriter, seconds int) {
 	w.Header().Set("Retry-After", strconv.Itoa(seconds))

@@ -96,6 +96,9 @@ func (s *Postgres) tidy(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if _, err := tx.ExecContext(ctx, `DELETE FROM logins WHERE expires < $1`, stamp(time.Now().Add(-logLife))); err != nil {
+			return err
+		}
 		// The number of a replica that was away for a month is free.
 		_, err = tx.ExecContext(ctx, `DELETE FROM replicas WHERE seen < now() - interval '30 days'`)
 		return err
@@ -150,7 +153,7 @@ func (s *Postgres) Changes(ctx context.Context, after Position) (Changes, error)
 			switch {
 			case by == s.replica:
 			case what == "reports", what == "nodes":
-				c.Nodes[wire.NodeID(id)] = true
+				c.Nodes[wire.NodeID(id)] = c.Nodes[wire.NodeID(id)] || what == "reports"
 			default:
 				c.What[what] = true
 			}

@@ -64,8 +64,9 @@ type Position struct {
 
 // Changes is what happened between two positions of the log.
 type Changes struct {
-	Next  Position
-	Nodes map[wire.NodeID]bool // nodes that came, went or changed
+	Next Position
+	// Nodes are those that came, went or changed; true = what they report did.
+	Nodes map[wire.NodeID]bool
 	// What has the tables that changed besides nodes: "users", "keys",
 	// "policies", "grants", "shadow", "relays", "logins".
 	What map[string]bool
@@ -84,6 +85,7 @@ type Login struct {
 	Ephemeral bool
 	Expiry    time.Time // an earlier expiry that the node wishes for
 	Version   int
+	Instance  string // of the process that asks
 	Source    netip.Prefix
 	Asked     time.Time
 	Expires   time.Time
