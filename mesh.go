@@ -31,6 +31,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -61,7 +62,14 @@ var (
 	// errors.As with *RevokedError tells by which version of the policy.
 	ErrRevoked = engine.ErrRevoked
 	// ErrCloned: another copy of this node's identity runs; the newer one stays.
+	// Started again, the older one asks to be let in only when the newer has gone.
 	ErrCloned = wire.ErrCloned
+	// ErrStale: the node did not hear of its control server for longer than
+	// Node.MaxStale or the policy allow. It is over when the server is back.
+	ErrStale = session.ErrStale
+	// ErrNotApproved: an administrator of the control server has to approve the
+	// node first. It waits for that.
+	ErrNotApproved = session.ErrNotApproved
 	// ErrTooManyConnections: a dial would exceed Node.Limits.
 	ErrTooManyConnections = netstack.ErrTooManyConnections
 	// The control server does not accept the auth key.
@@ -99,6 +107,15 @@ type Node struct {
 	Port       uint16         // UDP port on the host, 0 is any
 	Logger     *zap.Logger    // nil is silent
 
+	// MaxStale is how long the node goes on with what it knows while it does not
+	// hear of its control server; 0 = for ever. Then it refuses new connections,
+	// its own and those of peers, with ErrStale, and after a quarter of the time
+	// more its live ones end, too. It looks each eighth of the time, at least
+	// once a minute; the age is counted on while the machine sleeps, and from
+	// when the saved map was saved if the node starts without the server. When
+	// the server is back so is the node. The policy can ask for less: see its
+	// attribute max-stale.
+	MaxStale time.Duration
 	// RelayOnly keeps all traffic on relays: no UDP to peers.
 	RelayOnly bool
 	// NoPortMapping keeps the node from asking the gateway of the local network
@@ -144,6 +161,7 @@ func (n *Node) configure() (session.Config, error) {
 		Ephemeral:  n.Ephemeral,
 		Tags:       n.Tags,
 		Port:       n.Port,
+		MaxStale:   n.MaxStale,
 		RelayOnly:  n.RelayOnly,
 		NoMapping:  n.NoPortMapping,
 		Endpoints:  n.Endpoints,

@@ -54,6 +54,9 @@ type SessionConfig struct {
 	Ephemeral bool
 	// Store keeps the last map for SavedMap; nil = it is not kept.
 	Store identity.Store
+	// SaveEvery says how old what is kept for SavedMap may become while the
+	// control server is there, 0 = any age. It may be nil.
+	SaveEvery func() time.Duration
 	// NoteFlows is called when the control server wants to hear of connection
 	// attempts, or no longer does, and Flows returns those since the last call.
 	// With nil nobody is told.
@@ -415,6 +418,10 @@ func (s *Session) saveMaps(ctx context.Context) {
 		select {
 		case <-s.dirty:
 			s.save()
+		case <-s.again():
+			if time.Since(s.c.LastHeard()) < wire.Watchdog {
+				s.save()
+			}
 		case <-ctx.Done():
 			select {
 			case <-s.dirty:
@@ -428,6 +435,19 @@ func (s *Session) saveMaps(ctx context.Context) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// again returns what tells that the map has to be saved anew, nil for not before
+// it changes.
+func (s *Session) again() <-chan time.Time {
+	if s.cfg.SaveEvery == nil {
+		return nil
+	}
+	every := s.cfg.SaveEvery()
+	if every == 0 {
+		return nil
+	}
+	return time.After(max(every, saveInterval))
 }
 
 func (s *Session) save() {

@@ -88,7 +88,8 @@ type Engine struct {
 	// judging is held for reading while packets are judged, in or out, so that
 	// all of it goes by one state of filter and map, and for writing for a
 	// moment by Apply. It is never held across a call to stack or tunnel.
-	judging sync.RWMutex
+	judging    sync.RWMutex
+	restricted atomic.Int32 // see Restrict
 	// blocked holds addresses that are changing hands while Apply runs.
 	blocked atomic.Pointer[[]netip.Prefix]
 

@@ -89,6 +89,10 @@ func (e *Engine) nowhere(b []byte) {
 func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok bool) {
 	e.judging.RLock()
 	defer e.judging.RUnlock()
+	if e.isRestricted(Nothing) {
+		e.counts.noPeer.Add(1)
+		return to, len(packets), false
+	}
 	var pkt filter.Packet
 	var dst netip.Addr
 	for i, b := range packets {
@@ -132,6 +136,10 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 	m, blocked := e.Map(), e.blocked.Load()
 	var pkt filter.Packet
 	var src netip.Addr
+	shut := e.isRestricted(NothingNew)
+	if e.isRestricted(Nothing) {
+		packets = nil
+	}
 	owned, jailed := false, false
 	for _, b := range packets {
 		if len(b) == 0 {
@@ -148,7 +156,7 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 			src = a
 			p, ok := m.PeerByAddr(a)
 			owned = ok && p.Key == from && !p.Expired && !(blocked != nil && contains(*blocked, a))
-			jailed = ok && p.IsJailed
+			jailed = ok && p.IsJailed || shut
 		}
 		if !owned {
 			e.counts.spoofed.Add(1)
@@ -174,7 +182,11 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 				rejected = append(rejected, filter.AppendWithdrawn(nil, f, filter.WithdrawnByPolicy, v.Policy))
 				continue
 			}
-			rejected = append(rejected, filter.AppendRejected(nil, &pkt, filter.RejectedPolicy, v.Policy))
+			var reason byte = filter.RejectedPolicy
+			if shut {
+				reason = filter.RejectedShields
+			}
+			rejected = append(rejected, filter.AppendRejected(nil, &pkt, reason, v.Policy))
 		case filter.Control:
 			control = append(control, b)
 		}

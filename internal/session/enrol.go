@@ -32,6 +32,8 @@ type enrolment struct {
 	before  identity.State       // when register began
 	expired error                // by which register heard that the key has expired, nil if it has not
 
+	savedAt time.Time // when the map was saved with which the node started; zero = none
+
 	public atomic.Pointer[identity.NodePublic] // of state.Node, for who does not own state; see key
 }
 

@@ -108,8 +108,10 @@ func (s *Session) watchExpiry(ctx context.Context, e *enrolment) error {
 			}
 			s.applyExpiry(now)
 			next := s.renewSoon(now, m.Renewal(now))
-			if at := m.NextExpiry(now); next.IsZero() || !at.IsZero() && at.Before(next) {
-				next = at
+			for _, at := range []time.Time{m.NextExpiry(now), s.checkStale(e, m, now)} {
+				if next.IsZero() || !at.IsZero() && at.Before(next) {
+					next = at
+				}
 			}
 			if !next.IsZero() {
 				wait = time.After(max(0, min(next.Sub(now), clockCheck)))

@@ -120,11 +120,15 @@ func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
 
 	late := time.NewTimer(mapTimeout)
 	defer late.Stop()
+wait:
 	select {
 	case <-first:
 	case err := <-fatal:
 		return err
 	case <-late.C:
+		if errors.Is(s.isBarred(), ErrNotApproved) {
+			goto wait // it is there, and takes its time
+		}
 		return fmt.Errorf("control server %s accepted this node but sent no netmap within %v: %w",
 			s.cfg.ControlURL, mapTimeout, cmp.Or(s.Trouble(), errNoAnswer))
 	}
@@ -165,7 +169,10 @@ func (e *enrolment) savedMap() (*netmap.Map, error) {
 	}
 	m, at, err := e.client.SavedMap(e.store, e.state.Node.Public())
 	switch {
+	case err == nil && !m.Self().MachineAuthorized:
+		return nil, nil
 	case err == nil:
+		e.savedAt = at
 		e.log.Debug("saved netmap loaded", zap.Time("saved", at), zap.Int("peers", m.NumPeers()))
 		return m, nil
 	case errors.Is(err, fs.ErrNotExist):
@@ -336,7 +343,11 @@ func (s *Session) followMap(ctx context.Context, e *enrolment, inForce *netmap.M
 		Store:     keep,
 		OnMap: func(m *netmap.Map, d netmap.Delta) {
 			use() // peers hear of it now
-			if s.apply(m, d) {
+			applied := s.apply(m, d)
+			if !s.admit(m) {
+				return
+			}
+			if applied {
 				cs.SetApplied(m.PolicyVersion(), m.Version())
 			}
 			onMap()
@@ -347,6 +358,7 @@ func (s *Session) followMap(ctx context.Context, e *enrolment, inForce *netmap.M
 				s.shutOut()
 			}
 		},
+		SaveEvery: func() time.Duration { return s.maxStale(s.engine.Load().Map()) / 4 },
 		NoteFlows: func(on bool) { s.engine.Load().NoteFlows(on) },
 		Flows:     func() []wire.Flow { return s.engine.Load().Flows() },
 	})

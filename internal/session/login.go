@@ -116,7 +116,7 @@ func (s *Session) WaitStack(ctx context.Context) error { return s.wait(ctx, fals
 func (s *Session) wait(ctx context.Context, patient, stackOnly bool) error {
 	for {
 		s.mu.Lock()
-		login, barred, turned := s.login, s.barred, s.turned
+		login, barred, stale, turned := s.login, s.barred, s.stale, s.turned
 		tell := login != nil && (!patient || s.loginTold != login)
 		if tell && patient {
 			s.loginTold = login
@@ -132,6 +132,8 @@ func (s *Session) wait(ctx context.Context, patient, stackOnly bool) error {
 		default:
 		}
 		switch {
+		case up == nil && stale != nil && !stackOnly:
+			return stale
 		case up == nil && (barred == nil || stackOnly):
 			return nil
 		case tell:
@@ -161,6 +163,8 @@ func (s *Session) stillWaiting(cause error) error {
 	switch {
 	case login != nil:
 		return fmt.Errorf("coming up: %w; %w", cause, login)
+	case errors.Is(barred, ErrNotApproved):
+		return fmt.Errorf("coming up: %w; %w", cause, barred)
 	case barred != nil && trouble != nil:
 		return fmt.Errorf("renewing the node key: %w; %w; last: %w", cause, barred, trouble)
 	case barred != nil:

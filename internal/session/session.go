@@ -38,6 +38,7 @@ type Config struct {
 	Tags      []string
 	Port      uint16
 	RelayOnly bool
+	MaxStale  time.Duration    // see checkStale; 0 = for ever, unless the policy says otherwise
 	NoMapping bool             // ask no gateway for a port mapping
 	Endpoints []netip.AddrPort // that the user knows of
 	Limits    netstack.Limits
@@ -84,7 +85,8 @@ type Session struct {
 	login     error                   // a person has to log in; nil if not
 	loginTold error                   // the last login that WaitLogin returned
 	barred    error                   // why a node that was up may not be used for now; nil if it may
-	turned    chan struct{}           // closed and replaced when login or barred change
+	stale     error                   // the node is cut off; nil if it is not
+	turned    chan struct{}           // closed and replaced when login, barred or stale change
 	another   chan struct{}           // closed and replaced when another map is in force
 	endPoll   context.CancelCauseFunc // of the connection to control; nil while there is none
 	noRenewal time.Time               // before it the node's key is not replaced

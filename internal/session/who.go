@@ -114,6 +114,9 @@ func (s *Session) Starting() *Status {
 	if url, err := s.pendingLogin(); err != nil {
 		return &Status{Control: err.Error(), LoginURL: url}
 	}
+	if b := s.isBarred(); b != nil {
+		return &Status{Control: b.Error()}
+	}
 	if t := s.Trouble(); t != nil {
 		return &Status{Control: "starting: " + t.Error()}
 	}
@@ -124,7 +127,7 @@ func (s *Session) Starting() *Status {
 func (s *Session) Status() *Status {
 	m := s.engine.Load().Map()
 	st := &Status{
-		Running:       s.Err() == nil && s.isBarred() == nil,
+		Running:       s.Err() == nil && s.isBarred() == nil && s.isStale() == nil,
 		Self:          m.SelfIdentity(),
 		PolicyVersion: m.PolicyVersion(),
 		HomeRelay:     s.engine.Load().HomeRegion(),
@@ -133,7 +136,7 @@ func (s *Session) Status() *Status {
 	}
 	url, login := s.pendingLogin()
 	st.LoginURL = url
-	if err := cmp.Or(s.Err(), login, s.isBarred(), s.Trouble()); err != nil {
+	if err := cmp.Or(s.Err(), login, s.isBarred(), s.isStale(), s.Trouble()); err != nil {
 		st.Control = err.Error()
 	}
 	st.Dropped = Dropped{s.engine.Load().Dropped(), s.late.Load()}

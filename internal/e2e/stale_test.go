@@ -1,0 +1,98 @@
+package e2e
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"mesh"
+	"mesh/internal/meshtest"
+)
+
+// Without its control server a node goes on for as long as it likes, or for as
+// long as it may: then it begins nothing new, then it ends what there is, and it
+// is back with the server.
+func TestMaxStale(t *testing.T) {
+	const limit = 2 * time.Second
+	for _, by := range []string{"field", "policy"} {
+		t.Run(by, func(t *testing.T) {
+			policy := openPolicy
+			if by == "policy" {
+				policy = `{
+					"tagOwners": {"tag:a": [], "tag:b": []},
+					"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}],
+					"nodeAttrs": [{"target": ["tag:b"], "attr": ["max-stale:2s"]}],
+				}`
+			}
+			m := meshtest.Start(t, policy)
+			tag := map[bool]string{true: "tag:a", false: "tag:b"}[by == "field"]
+			a, a2 := m.Node("a", []string{"tag:a"}), m.Node("a2", []string{"tag:a"})
+			b := m.Node("b", []string{tag}, func(n *mesh.Node) {
+				if by == "field" {
+					n.MaxStale = limit
+				}
+			})
+			meshtest.Up(t, a, a2, b)
+			know(t, a, a2, b)
+			toB, atB := connect(t, a, b)
+			toA2, atA2 := connect(t, a, a2)
+			l, err := b.Listen("tcp", ":7")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			m.Stop()
+			gone := time.Now()
+			var cut time.Time
+			meshtest.Until(t, "b to be stale", func() bool {
+				cut = time.Now()
+				_, err := b.Dial(t.Context(), "tcp", "a:1")
+				return errors.Is(err, mesh.ErrStale)
+			})
+			if cut.Sub(gone) < limit-time.Second {
+				t.Errorf("cut off after %v", cut.Sub(gone))
+			}
+			if st := b.Status(); st.Running || !strings.Contains(st.Control, "cut off") {
+				t.Errorf("status %v, %q", st.Running, st.Control)
+			}
+			if _, err := a.Dial(t.Context(), "tcp", "b:7"); err == nil {
+				t.Error("it accepts connections")
+			} else {
+				t.Logf("dial to it: %v", err)
+			}
+			if err := readUntilError(atB); !errors.Is(err, mesh.ErrStale) {
+				t.Errorf("its connection: %v", err)
+			}
+			readUntilError(toB)
+			t.Logf("refused after %v, cut after %v", cut.Sub(gone), time.Since(gone))
+			// The others go on, and it is back with the server.
+			if err := exchange(toA2, atA2, 1<<16); err != nil {
+				t.Error(err)
+			}
+			m.Restart()
+			meshtest.Until(t, "it to be back", func() bool { return b.Status().Running && b.Status().Control == "" })
+			for _, p := range [][2]*mesh.Node{{a, b}, {b, a}} {
+				out, in := connect(t, p[0], p[1])
+				if err := exchange(out, in, 1<<16); err != nil {
+					t.Error(err)
+				}
+				out.Close()
+				in.Close()
+			}
+			// A node that starts without the server is as old as what it saved.
+			b.Close()
+			m.Stop()
+			again := m.Node("b", nil, func(n *mesh.Node) { n.Dir, n.MaxStale = b.Dir, b.MaxStale })
+			meshtest.Until(t, "b to be stale again", func() bool {
+				_, err := again.Up(t.Context())
+				if err != nil && !errors.Is(err, mesh.ErrStale) {
+					t.Fatal(err)
+				}
+				return err != nil
+			})
+			m.Restart()
+			meshtest.Until(t, "it to be back", func() bool { _, err := again.Up(t.Context()); return err == nil })
+		})
+	}
+}
