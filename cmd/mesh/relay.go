@@ -48,6 +48,7 @@ each other, and nodes move among them.`,
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
 		fs.IntVar(&cfg.Rate, "rate", 0, "most `BYTES` a second from one node (default no limit)")
 		fs.DurationVar(&cfg.Drain, "drain", drainFor, "how `LONG` to wait at the end for nodes to move (default 5s)")
+		fs.StringVar(&cfg.Metrics, "metrics", "", "TCP `ADDR` for /metrics, /healthz and /readyz (default none)")
 		verbose := fs.Bool("v", false, "log what happens, on stderr")
 		return func(ctx context.Context, c *call) (err error) {
 			if cfg.ControlURL == "" {
@@ -109,6 +110,9 @@ func serveRelay(ctx context.Context, c *call, cfg host.RelayConfig) error {
 	c.printf("relay   %s, region %d\n", r.Addr(), r.Region())
 	if stun := r.STUNAddr(); stun != "" {
 		c.printf("stun    %s\n", stun)
+	}
+	if addr := r.MetricsAddr(); addr != "" {
+		c.printf("metrics http://%s/metrics\n", addr)
 	}
 	c.printf("members %d known\n", r.Members())
 	connected, told := false, false

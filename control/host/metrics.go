@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
 
 	"mesh/control/server"
 	"mesh/derp/relay"
@@ -20,24 +21,36 @@ func (h *Host) serveMetrics() error {
 	if h.cfg.Metrics == "" {
 		return nil
 	}
-	ln, err := net.Listen("tcp", h.cfg.Metrics)
+	more := []prometheus.Collector{h.server.Collector()}
+	if h.relay != nil {
+		more = append(more, relayCollector{h.relay.Stats})
+	}
+	ln, srv, err := openMetrics(h.cfg.Metrics, h.server.HealthHandler(), h.log, more...)
 	if err != nil {
-		return fmt.Errorf("listen for metrics: %w; choose another address with --metrics", err)
+		return err
 	}
 	h.metrics = ln.Addr().String()
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), h.server.Collector())
-	if h.relay != nil {
-		reg.MustRegister(relayCollector{h.relay.Stats})
-	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
-	mux.Handle("GET /", h.server.HealthHandler())
-	srv := server.HTTPServer(http.MaxBytesHandler(mux, 0))
-	srv.ErrorLog = log.New(debugWriter{h.log}, "", 0)
 	h.wg.Go(func() { h.fail("metrics", srv.Serve(ln)) })
 	h.onClose(func() { srv.Close() })
 	return nil
+}
+
+// openMetrics listens at addr and makes a server of what the collectors gather
+// and of what a process tells about itself, and of health for other paths.
+func openMetrics(addr string, health http.Handler, logger *zap.Logger, collected ...prometheus.Collector) (net.Listener, *http.Server, error) {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, nil, fmt.Errorf("listen for metrics: %w; choose another address with --metrics", err)
+	}
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	reg.MustRegister(collected...)
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	mux.Handle("GET /", health)
+	srv := server.HTTPServer(http.MaxBytesHandler(mux, 0))
+	srv.ErrorLog = log.New(debugWriter{logger}, "", 0)
+	return ln, srv, nil
 }
 
 // MetricsAddr is the TCP address that metrics are served at, "" if they are not.
@@ -74,6 +87,7 @@ var relayMetrics = []relayMetric{
 		return 0
 	}),
 	relayGauge("mesh_peers", "Relays of the region that this one forwards to.", func(s *relay.Stats) float64 { return float64(s.MeshPeers) }),
+	relayGauge("mesh_clients", "Keys that are connected to those.", func(s *relay.Stats) float64 { return float64(s.MeshClients) }),
 	relayCounter("logins", "Logins that succeeded.", func(s *relay.Stats) uint64 { return s.Accepted }),
 	relayCounter("refused", "Logins of keys that are no members.", func(s *relay.Stats) uint64 { return s.Refused }),
 	relayCounter("evicted", "Connections cut or turned away because too many were pending.", func(s *relay.Stats) uint64 { return s.Evicted }),
@@ -84,6 +98,9 @@ var relayMetrics = []relayMetric{
 	relayCounter("bytes_out", "Bytes of packets queued for clients.", func(s *relay.Stats) uint64 { return s.BytesOut }),
 	relayCounter("unknown", "Packets dropped because their receiver is not connected.", func(s *relay.Stats) uint64 { return s.Unknown }),
 	relayCounter("dropped", "Packets dropped because the queue of their receiver was full.", func(s *relay.Stats) uint64 { return s.Dropped }),
+	relayCounter("mesh_full", "Clients of other relays that were not noted, and relays that fell behind with ours.", func(s *relay.Stats) uint64 { return s.MeshFull }),
+	{prometheus.NewDesc("mesh_relay_paused_seconds_total", "How long clients were kept from sending since they were above their rate.", nil, nil),
+		prometheus.CounterValue, func(s *relay.Stats) float64 { return s.Paused.Seconds() }},
 	relayCounter("forwarded_in", "Packets that other relays of the region forwarded to clients here.", func(s *relay.Stats) uint64 { return s.ForwardedIn }),
 	relayCounter("forwarded_out", "Packets queued for other relays of the region.", func(s *relay.Stats) uint64 { return s.ForwardedOut }),
 	relayCounter("forwarded_dropped", "Packets dropped because the queue of such a relay was full.", func(s *relay.Stats) uint64 { return s.ForwardedDropped }),

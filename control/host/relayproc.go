@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/http"
 	"net/netip"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,6 +44,9 @@ type RelayConfig struct {
 	// Drain is how long Close serves nodes on while they move to another relay;
 	// it ends as soon as they have. 0 = not at all.
 	Drain time.Duration
+	// Metrics is the TCP address where /metrics, /healthz and /readyz are served;
+	// "" = nowhere.
+	Metrics string
 	// OnState, if not nil, is called with nil whenever the control server has
 	// named the members, and with the reason whenever it cannot be reached or
 	// refuses the relay. Calls come one after the other.
@@ -75,6 +80,10 @@ type Relay struct {
 	failed    chan error
 	announced chan struct{} // closed when the control server first named the members
 	shutdown  sync.Once
+
+	metrics *http.Server // nil if off
+	addr    string       // of metrics
+	control atomic.Bool  // the control server names the members now
 }
 
 const membersName = "members.json"
@@ -173,6 +182,11 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 			r.fail(fmt.Errorf("relay: %w", err))
 		}
 	})
+	if cfg.Metrics != "" {
+		if err := r.serveMetrics(); err != nil {
+			return nil, err
+		}
+	}
 	r.wg.Go(r.follow)
 	r.wg.Go(r.keepSaved)
 	return r, nil
@@ -225,6 +239,9 @@ func (r *Relay) Close() error {
 		r.drain() // control goes on saying who is a member
 		r.cancel()
 		r.stun.close()
+		if r.metrics != nil {
+			r.metrics.Close()
+		}
 		if r.relay != nil {
 			r.relay.Close()
 		}
@@ -251,8 +268,13 @@ func (r *Relay) drain() {
 	first, done := context.WithTimeout(ctx, r.cfg.Drain/2)
 	n := r.relay.Drain(first, r.cfg.Drain, time.Minute)
 	done()
-	if err := r.client.Relay(ctx, r.request(true), func(*wire.RelayUpdate) error { return errLeft }); !errors.Is(err, errLeft) {
-		r.log.Info("the control server does not know that this relay goes", zap.Error(err))
+	select {
+	case <-r.announced:
+		err := r.client.Relay(ctx, r.request(true), func(*wire.RelayUpdate) error { return errLeft })
+		if !errors.Is(err, errLeft) {
+			r.log.Info("the control server does not know that this relay goes", zap.Error(err))
+		}
+	default: // it never knew this relay
 	}
 	if n > 0 {
 		n = r.relay.Drain(ctx, r.cfg.Drain, time.Minute)
@@ -293,11 +315,13 @@ func (r *Relay) follow() {
 				r.setMesh(u.Mesh)
 			}
 			if u.Full {
+				r.control.Store(true)
 				first.Do(func() { close(r.announced) })
 				r.state(nil)
 			}
 			return nil
 		})
+		r.control.Store(false)
 		if r.ctx.Err() != nil {
 			return
 		}

@@ -43,7 +43,7 @@ var publicRoutes = map[string]string{
 	"GET /login/{code}": "who asks to log in, for whoever has the secret code",
 	"GET /health":       "that the server lives",
 	"GET /healthz":      "the same",
-	"GET /readyz":       "that it serves, without why not",
+	"GET /readyz":       "whether it can do its work, and in a word what cannot",
 }
 
 // C 31: bodies without end, by length or in chunks, and too many headers, at
