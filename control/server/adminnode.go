@@ -46,7 +46,7 @@ func (s *Server) adminNodes(*http.Request) (any, error) {
 // is held.
 func (s *Server) nodeByName(name string) (*node, error) {
 	short := strings.TrimSuffix(strings.ToLower(strings.TrimSuffix(name, ".")), "."+s.cfg.Domain)
-	if id, ok := s.nodes.names[short]; ok {
+	if id, ok := s.nodes.names.id(short); ok && id != 0 {
 		return s.nodes.byID[id], nil
 	}
 	addr, _ := netip.ParseAddr(name)

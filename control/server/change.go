@@ -54,9 +54,9 @@ func (s *Server) RenameNode(ctx context.Context, by, name, to string) error {
 		if n.Hostinfo != nil && n.Hostinfo.Hostname != "" {
 			hostname = label(n.Hostinfo.Hostname)
 		}
-		to = s.nodes.freeName(hostname, id)
+		to = s.nodes.names.free(hostname, id)
 	}
-	have, taken := s.nodes.names[to]
+	have, taken := s.nodes.names.id(to)
 	s.mu.Unlock()
 	if taken && have != id {
 		return fmt.Errorf("%w: there is a node %q already", store.ErrConflict, to)

@@ -235,6 +235,16 @@ func (s *Server) endGrantsOf(id wire.NodeID) {
 	s.end(s.cfg.Now(), "a node that it names was removed", func(g *grant) bool { return slices.Contains(g.Nodes, id) })
 }
 
+// isNamed reports whether a grant names a node. Server.mu is held.
+func (s *Server) isNamed(id wire.NodeID) bool {
+	for _, g := range s.grants {
+		if slices.Contains(g.Nodes, id) {
+			return true
+		}
+	}
+	return false
+}
+
 // end ends grants: first for the nodes, then on record. opMu is held.
 func (s *Server) end(now time.Time, why string, which func(*grant) bool) time.Duration {
 	s.mu.Lock()

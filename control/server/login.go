@@ -359,7 +359,7 @@ func (s *Server) ApproveLogin(ctx context.Context, by, code, user string, tags [
 		old = &sn
 	}
 	s.mu.Unlock()
-	id, err := s.enrol(e, nil, key, old, func(n store.Node) (store.Node, error) {
+	id, err := s.enrol(e, nil, key, old, false, func(n store.Node) (store.Node, error) {
 		return s.store.AdmitNode(ctx, by, n, s.cfg.Now())
 	})
 	switch {

@@ -105,8 +105,10 @@ type registry struct {
 	byKey map[identity.NodePublic]*node
 	// formers has the nodes by node.former.
 	formers map[identity.NodePublic]*node
-	names   map[string]wire.NodeID
+	names   nameTable
 	pool    *addressPool
+	// enrolling has the machines whose node is on its way to the store.
+	enrolling map[identity.MachinePublic]bool
 	// byMachine has more than one node for a machine only if it enrolled anew
 	// under another owner, or without a word of who it had been.
 	byMachine map[identity.MachinePublic][]*node
@@ -122,7 +124,8 @@ func (r *registry) init(pool *addressPool, last wire.NodeID) {
 	r.byID = make(map[wire.NodeID]*node)
 	r.byKey = make(map[identity.NodePublic]*node)
 	r.formers = make(map[identity.NodePublic]*node)
-	r.names = make(map[string]wire.NodeID)
+	r.names.init()
+	r.enrolling = make(map[identity.MachinePublic]bool)
 	r.byMachine = make(map[identity.MachinePublic][]*node)
 	r.homes = make(map[identity.MachinePublic]int)
 	r.pool = pool
@@ -131,17 +134,35 @@ func (r *registry) init(pool *addressPool, last wire.NodeID) {
 
 func (r *registry) add(sn store.Node) *node {
 	n := &node{Node: sn}
-	r.byID[n.ID], r.byKey[n.Key], r.names[n.Name] = n, n, n.ID
+	r.byID[n.ID], r.byKey[n.Key] = n, n
+	r.names.put(n.Name, n.ID)
 	r.byMachine[n.Machine] = append(r.byMachine[n.Machine], n)
 	r.pool.take(n.IPv4)
 	return n
+}
+
+// reserve keeps name and address of a node that is on its way to the store, and
+// its machine, from all others.
+func (r *registry) reserve(n *store.Node) {
+	r.enrolling[n.Machine] = true
+	r.names.put(n.Name, 0)
+	r.pool.take(n.IPv4)
+}
+
+// release ends that, whether the node is there now or not.
+func (r *registry) release(n *store.Node, stored bool) {
+	delete(r.enrolling, n.Machine)
+	if !stored {
+		r.names.drop(n.Name, n.Hostname)
+		r.pool.free(n.IPv4)
+	}
 }
 
 func (r *registry) remove(n *node) {
 	delete(r.byID, n.ID)
 	delete(r.byKey, n.Key)
 	delete(r.formers, n.former)
-	delete(r.names, n.Name)
+	r.names.drop(n.Name, n.Hostname)
 	if rest := slices.DeleteFunc(r.byMachine[n.Machine], func(o *node) bool { return o == n }); len(rest) > 0 {
 		r.byMachine[n.Machine] = rest
 	} else {
@@ -184,21 +205,9 @@ func (r *registry) rekey(n *node, key identity.NodePublic) {
 }
 
 func (r *registry) rename(n *node, hostname, name string) {
-	delete(r.names, n.Name)
+	r.names.drop(n.Name, n.Hostname)
 	n.Hostname, n.Name = hostname, name
-	r.names[name] = n.ID
-}
-
-// freeName returns base, or base with the lowest suffix that makes it unique.
-// A name that id already has counts as free.
-func (r *registry) freeName(base string, id wire.NodeID) string {
-	name := base
-	for i := 1; ; i++ {
-		if have, ok := r.names[name]; !ok || have == id {
-			return name
-		}
-		name = suffixed(base, i)
-	}
+	r.names.put(name, n.ID)
 }
 
 // ownerName is the login name the policy knows a node's owner by.

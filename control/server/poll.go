@@ -154,7 +154,7 @@ func (s *Server) rename(ctx context.Context, id wire.NodeID, hostname string) {
 		s.mu.Unlock()
 		return
 	}
-	name := s.nodes.freeName(hostname, id)
+	name := s.nodes.names.free(hostname, id)
 	s.mu.Unlock()
 	if err := s.store.RenameNode(context.WithoutCancel(ctx), "node", id, hostname, name, false, s.cfg.Now()); err != nil {
 		s.log.Error("rename failed", zap.Int64("node", int64(id)), zap.Error(err))
@@ -240,7 +240,8 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 			woke = time.Now()
 		}
 		// What is rare goes out at once; what comes in bursts goes out together.
-		if wait := s.cfg.Gather - time.Since(st.spoke); wait > 0 {
+		wait := max(s.cfg.Gather-woke.Sub(st.spoke), s.pace.hold(&st.credit, woke), 0)
+		if wait > 0 {
 			gather := time.NewTimer(wait)
 			select {
 			case <-ctx.Done():
@@ -249,10 +250,14 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 			case <-gather.C:
 			}
 		}
+		if err := s.pace.turn(ctx); err != nil {
+			return err
+		}
 		s.mu.Lock()
 		n := s.collect(st)
 		s.mu.Unlock()
 		msgs, err := st.messages(n)
+		s.pace.done()
 		if err != nil {
 			return err
 		}
@@ -261,6 +266,9 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 				return err
 			}
 			st.spoke = time.Now()
+		}
+		if len(msgs) > 0 {
+			s.pace.late(st.spoke.Sub(woke) - wait)
 		}
 		if n.ended {
 			return errStreamOver

@@ -3,8 +3,10 @@ package server
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -191,9 +193,17 @@ func (s *Server) lookAtDue() time.Duration {
 	for _, id := range expire {
 		s.expireDue(id)
 	}
+	// The store commits them together.
+	var idle sync.WaitGroup
+	slots := make(chan struct{}, maxRemovals)
 	for _, id := range remove {
-		s.removeIdle(id)
+		slots <- struct{}{}
+		idle.Go(func() {
+			s.removeIdle(id)
+			<-slots
+		})
 	}
+	idle.Wait()
 	return min(wait, s.endGrants(now), s.endLeases(now))
 }
 
@@ -258,23 +268,17 @@ func (s *Server) rerouted(ids []wire.NodeID) {
 	}
 }
 
+// maxRemovals is how many silent nodes are removed at a time.
+const maxRemovals = 64
+
 // removeIdle removes an ephemeral node that is still silent.
 func (s *Server) removeIdle(id wire.NodeID) {
-	s.lockOps()
-	defer s.opMu.Unlock()
-	s.mu.Lock()
-	n := s.nodes.byID[id]
 	now := s.cfg.Now()
-	ok := false
-	if n != nil {
+	err := s.leave(s.ctx, "server", id, func(n *node) bool {
 		at := s.removalAt(n)
-		ok = !at.IsZero() && !at.After(now)
-	}
-	s.mu.Unlock()
-	if !ok {
-		return
-	}
-	if err := s.remove(s.ctx, "server", id, false); err != nil && s.ctx.Err() == nil {
+		return !at.IsZero() && !at.After(now)
+	})
+	if err != nil && s.ctx.Err() == nil {
 		s.log.Error("ephemeral node could not be removed", zap.Int64("node", int64(id)), zap.Error(err))
 		s.mu.Lock()
 		if n := s.nodes.byID[id]; n != nil {
@@ -283,6 +287,42 @@ func (s *Server) removeIdle(id wire.NodeID) {
 		}
 		s.mu.Unlock()
 	}
+}
+
+// leave removes a node that goes of itself, if is holds for it. Many may leave
+// at a time, unless a grant names the node or other replicas have a say.
+func (s *Server) leave(ctx context.Context, by string, id wire.NodeID, is func(*node) bool) error {
+	decide := func() (ok, named bool) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		n := s.nodes.byID[id]
+		return n != nil && is(n), s.isNamed(id)
+	}
+	if s.replica.store == nil {
+		s.opMu.RLock()
+		ok, named := decide()
+		if !ok || !named {
+			defer s.opMu.RUnlock()
+			if !ok {
+				return nil
+			}
+			err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, false, s.cfg.Now())
+			if err == nil {
+				s.forget(id, false)
+			}
+			if errors.Is(err, store.ErrNotFound) {
+				return nil // it left twice
+			}
+			return err
+		}
+		s.opMu.RUnlock()
+	}
+	s.lockOps()
+	defer s.opMu.Unlock()
+	if ok, _ := decide(); !ok {
+		return nil
+	}
+	return s.remove(ctx, by, id, false)
 }
 
 // remove forgets a node, in the store and everywhere. With bury its key stays
@@ -296,7 +336,8 @@ func (s *Server) remove(ctx context.Context, by string, id wire.NodeID, bury boo
 	return nil
 }
 
-// forget is remove without the store. opMu is held.
+// forget is remove without the store, for a node that no grant names. A share of
+// opMu is held.
 func (s *Server) forget(id wire.NodeID, bury bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -131,6 +131,12 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 	}
 
+	if keyErr == nil && s.replica.store == nil && req.OldNodeKey.IsZero() {
+		if resp, err := s.registerNew(ctx, c, req, key, text); !errors.Is(err, errAlone) {
+			return resp, err
+		}
+	}
+
 	s.lockOps()
 	defer s.opMu.Unlock()
 	// The same request may have been served meanwhile.
@@ -185,13 +191,35 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 		return s.askLogin(ctx, c, req)
 	}
+	return s.enrolWith(ctx, c, req, key, text, old, false)
+}
+
+// errAlone says that a registration needs opMu for itself.
+var errAlone = errors.New("nothing else may change meanwhile")
+
+// registerNew is register for what is most likely a new node, of which many may
+// come at a time. With other replicas each has to look at what these did first.
+func (s *Server) registerNew(ctx context.Context, c *client, req *wire.RegisterRequest, key store.Key, text string) (*wire.RegisterResponse, error) {
+	s.opMu.RLock()
+	defer s.opMu.RUnlock()
+	if resp, err := s.knownNode(c, req); resp != nil || err != nil {
+		return resp, err
+	}
+	if resp, err := s.registerDead(ctx, c, req.NodeKey, key, nil); resp != nil || err != nil {
+		return resp, err
+	}
+	return s.enrolWith(ctx, c, req, key, text, nil, true)
+}
+
+// enrolWith enrols by an auth key; see enrol.
+func (s *Server) enrolWith(ctx context.Context, c *client, req *wire.RegisterRequest, key store.Key, text string, old *store.Node, shared bool) (*wire.RegisterResponse, error) {
 	if buried, err := s.store.Buried(ctx, c.machine, key.ID); err != nil {
 		return nil, err
 	} else if buried {
 		return nil, fmt.Errorf("%w: this auth key brought the removed node in", wire.ErrNodeRevoked)
 	}
-	id, err := s.enrol(newEnrolment(c, req), c, key, old, func(n store.Node) (store.Node, error) {
-		return s.store.RegisterNode(ctx, text, n, now)
+	id, err := s.enrol(newEnrolment(c, req), c, key, old, shared, func(n store.Node) (store.Node, error) {
+		return s.store.RegisterNode(ctx, text, n, s.cfg.Now())
 	})
 	if err != nil {
 		return nil, err
@@ -212,6 +240,15 @@ func (s *Server) registerKnown(ctx context.Context, c *client, req *wire.Registe
 	if resp == nil || err != nil || req.Expiry.IsZero() {
 		return resp, err
 	}
+	if logout {
+		s.mu.Lock()
+		n := s.nodes.byKey[req.NodeKey]
+		ephemeral := n != nil && n.Machine == c.machine && n.Ephemeral
+		s.mu.Unlock()
+		if ephemeral {
+			return newKeyPlease(""), s.leave(ctx, "node", n.ID, func(n *node) bool { return n.Key == req.NodeKey })
+		}
+	}
 	s.lockOps()
 	defer s.opMu.Unlock()
 	now := s.cfg.Now()
@@ -221,11 +258,9 @@ func (s *Server) registerKnown(ctx context.Context, c *client, req *wire.Registe
 		s.mu.Unlock()
 		return newKeyPlease(""), nil
 	}
-	id, ephemeral, expires := n.ID, n.Ephemeral, n.Expires
+	id, expires := n.ID, n.Expires
 	s.mu.Unlock()
 	switch {
-	case logout && ephemeral:
-		return newKeyPlease(""), s.remove(ctx, "node", id, false)
 	case logout:
 		if expiredAt(expires, now) {
 			return newKeyPlease(""), nil
@@ -394,8 +429,9 @@ func (s *Server) rekey(n *node, key identity.NodePublic, c *client, keep bool) {
 
 // enrol makes a node out of a wish and what entitles to it: a new one, or with
 // a new key the one that it was before, if that has the same owner. put stores
-// it. c is the connection of the node itself, or nil. opMu is held.
-func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, put func(store.Node) (store.Node, error)) (wire.NodeID, error) {
+// it. c is the connection of the node itself, or nil. opMu is held; or, with shared, a
+// share of it: then errAlone may be the answer.
+func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, shared bool, put func(store.Node) (store.Node, error)) (wire.NodeID, error) {
 	now := s.cfg.Now()
 	s.mu.Lock()
 	tags, err := s.grantTags(e.tags, key)
@@ -424,6 +460,10 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 		old = s.nodes.expiredLike(&n, now)
 	}
 	renew := old != nil
+	if shared && (renew || s.nodes.enrolling[n.Machine]) {
+		s.mu.Unlock()
+		return 0, errAlone
+	}
 	if renew {
 		if m := s.nodes.byID[old.ID]; m == nil || superseded(m, e.instance) {
 			s.mu.Unlock()
@@ -436,18 +476,29 @@ func (s *Server) enrol(e enrolment, c *client, key store.Key, old *store.Node, p
 	} else {
 		n.StableID = newStableID()
 		n.Hostname = label(e.info.Hostname)
-		n.Name = s.nodes.freeName(n.Hostname, 0)
+		n.Name = s.nodes.names.free(n.Hostname, 0)
 		n.IPv4, n.IPv6, err = s.nodes.pool.peek()
+		if err == nil {
+			s.nodes.reserve(&n)
+		}
 	}
 	s.mu.Unlock()
 	if err != nil {
 		return 0, err
 	}
-	if n, err = put(n); err != nil {
-		return 0, err
-	}
+	reserved := n
+	n, err = put(n)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !renew {
+		s.nodes.release(&reserved, err == nil)
+	}
+	switch {
+	case shared && errors.Is(err, store.ErrConflict):
+		return 0, errAlone // another has the node key by now
+	case err != nil:
+		return 0, err
+	}
 	if renew {
 		m := s.nodes.byID[n.ID]
 		m.Expires, m.Ephemeral, m.AuthKey, m.Polled, m.idleSince = n.Expires, n.Ephemeral, n.AuthKey, false, now

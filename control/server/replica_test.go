@@ -219,7 +219,7 @@ func TestReplicasEnrolTogether(t *testing.T) {
 		w.s.lockOps()
 		w.s.opMu.Unlock()
 		w.s.mu.Lock()
-		if n, m := len(w.s.nodes.byID), len(w.s.nodes.names); n != 2*each+1 || m != n {
+		if n, m := len(w.s.nodes.byID), len(w.s.nodes.names.ids); n != 2*each+1 || m != n {
 			t.Errorf("%d nodes with %d names, want %d", n, m, 2*each+1)
 		}
 		w.s.mu.Unlock()

@@ -112,7 +112,10 @@ type Server struct {
 
 	// opMu makes changes of users, nodes, relays and policy one at a time:
 	// decide, write to the store, apply to memory. Taken before mu.
-	opMu sync.Mutex
+	// New nodes and those that leave need no more than a share of it: what such
+	// a change decides on is reserved in memory, and the store commits many at a
+	// time.
+	opMu sync.RWMutex
 
 	// mu guards the working set below. Nothing that blocks, no callback and no
 	// encoding happens while it is held.
@@ -136,6 +139,7 @@ type Server struct {
 
 	transport transport
 	limit     limiter
+	pace      pace
 	meters    *meters
 	readiness readiness
 
@@ -167,6 +171,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.store.Observe(s.meters.stored)
 	s.logins.init()
+	s.pace.init()
 	s.receipts.open = make(map[*receipt]struct{})
 	s.replica.init(cfg.Store)
 	s.ctx, s.cancel = context.WithCancel(context.Background())

@@ -34,6 +34,7 @@ type stream struct {
 	filter   [sha256.Size]byte            // of the rules as encoded
 	policy   int64
 	spoke    time.Time // when the last message left
+	credit   bucket    // of messages that need not be held back
 }
 
 // pending is what changed for a stream since it last looked. Its size is

@@ -21,6 +21,7 @@ type database struct {
 	db      *sql.DB
 	dialect dialect
 	gate    gate
+	group   group
 	watch   atomic.Pointer[func(write bool, took time.Duration, err error)]
 }
 
@@ -44,27 +45,11 @@ type dialect struct {
 	limit    time.Duration                        // of one operation; 0 = none
 }
 
-// tx runs f in a transaction that is committed if f returns nil.
+// tx runs f in a transaction that is committed if f returns nil, perhaps
+// together with others.
 func (s *database) tx(ctx context.Context, what string, f func(context.Context, *sql.Tx) error) error {
-	return s.timed(true, func() error { return s.write(ctx, what, f) })
-}
-
-func (s *database) write(ctx context.Context, what string, f func(context.Context, *sql.Tx) error) error {
-	return s.do(ctx, what, func(ctx context.Context) error {
-		tx, err := s.db.BeginTx(ctx, nil)
-		if err != nil {
-			return err
-		}
-		defer tx.Rollback()
-		if s.dialect.begin != nil {
-			if err := s.dialect.begin(ctx, tx); err != nil {
-				return err
-			}
-		}
-		if err := f(ctx, tx); err != nil {
-			return err
-		}
-		return tx.Commit()
+	return s.timed(true, func() error {
+		return s.do(ctx, what, func(ctx context.Context) error { return s.group.do(ctx, f, s.commit) })
 	})
 }
 
