@@ -51,8 +51,9 @@ func (t *nameTable) drop(name, hostname string) {
 	}
 }
 
-// free returns base, or base with the lowest suffix that makes it unique. A name
-// that id already has counts as free.
+// free returns base, or base with a suffix that makes it unique: the lowest,
+// unless that was the host name of another node in the meantime. A name that id
+// already has counts as free.
 func (t *nameTable) free(base string, id wire.NodeID) string {
 	open := func(name string) bool {
 		have, ok := t.ids[name]

@@ -12,7 +12,7 @@ func TestFreeNames(t *testing.T) {
 	var table nameTable
 	table.init()
 	rnd := rand.New(rand.NewPCG(1, 2))
-	bases := []string{"agent", "agent-1", "a-2-3", "x"}
+	bases := []string{"agent", "b-1", "a-2-3", "x"}
 	host := make(map[string]string) // of each taken name
 	for id := wire.NodeID(1); id < 5000; id++ {
 		if len(host) > 0 && rnd.IntN(100) < 48 {

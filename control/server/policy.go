@@ -149,7 +149,7 @@ func (s *Server) apply(p *policy.Policy) {
 	tell := func(id wire.NodeID) {
 		if n := s.nodes.byID[id]; n != nil && n.stream != nil {
 			n.stream.pending.all, n.stream.pending.filter = true, true
-			n.stream.poke()
+			n.stream.hurry()
 		}
 	}
 	for _, id := range affected {

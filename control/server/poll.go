@@ -191,7 +191,11 @@ func (s *Server) fetch(w http.ResponseWriter, c *client, req *wire.MapRequest) {
 
 // poll serves a map stream until it ends.
 func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wire.MapRequest) {
+	if s.pace.turn(r.Context()) != nil {
+		return
+	}
 	st, fresh, err := s.attach(c, req)
+	s.pace.done()
 	if err != nil {
 		if errors.Is(err, errSwaps) {
 			s.meters.denied(atMap, nil, denyRate)
@@ -248,6 +252,8 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 				gather.Stop()
 				return ctx.Err()
 			case <-gather.C:
+			case <-st.urgent:
+				gather.Stop()
 			}
 		}
 		if err := s.pace.turn(ctx); err != nil {

@@ -21,6 +21,7 @@ type stream struct {
 	// instance is the process that polls, "" = unknown.
 	instance string
 	wake     chan struct{} // buffered: pending is not empty
+	urgent   chan struct{} // buffered: something must not be held back
 	// reports is whether the node answers MeshMapVersion.
 	reports bool
 
@@ -56,7 +57,7 @@ type pending struct {
 
 func newStream(id wire.NodeID, c *client) *stream {
 	return &stream{
-		id: id, client: c, wake: make(chan struct{}, 1),
+		id: id, client: c, wake: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
 		sent: make(map[wire.NodeID]*view), routes: make(map[wire.NodeID][]netip.Prefix), profiles: make(map[wire.UserID]*wire.UserProfile),
 	}
 }
@@ -70,19 +71,32 @@ func (st *stream) poke() {
 	}
 }
 
+// hurry is poke for what must not wait.
+func (st *stream) hurry() {
+	select {
+	case st.urgent <- struct{}{}:
+	default:
+	}
+	st.poke()
+}
+
 func (st *stream) peer(id wire.NodeID, visible bool) {
 	if st.pending.peers == nil {
 		st.pending.peers = make(map[wire.NodeID]bool)
 	}
 	st.pending.peers[id] = visible
-	st.poke()
+	if visible {
+		st.poke()
+	} else {
+		st.hurry()
+	}
 }
 
 func (st *stream) end(code wire.ErrorCode) {
 	if !st.pending.ended {
 		st.pending.ended, st.pending.code = true, code
 	}
-	st.poke()
+	st.hurry()
 }
 
 // changed makes everybody who can see n look at it again, if there is
