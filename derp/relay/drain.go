@@ -60,7 +60,7 @@ func (s *Server) Drain(ctx context.Context, back, tryFor time.Duration) int {
 		waiting = s.homesLocked()
 		s.mu.RUnlock()
 	}
-	began, quiet, passed := time.Now(), time.Now(), s.counters.passed()
+	began, quiet, passed := time.Now(), time.Now(), s.passed()
 	for time.Since(quiet) < lull || time.Since(began) < settleMin {
 		select {
 		case <-ctx.Done():
@@ -69,7 +69,7 @@ func (s *Server) Drain(ctx context.Context, back, tryFor time.Duration) int {
 			return 0
 		case <-t.C:
 		}
-		if n := s.counters.passed(); n != passed && time.Since(began) < settleMax-lull {
+		if n := s.passed(); n != passed && time.Since(began) < settleMax-lull {
 			quiet, passed = time.Now(), n
 		}
 	}

@@ -151,8 +151,9 @@ func (s *Server) mayMeshLocked(c *session) error {
 // joinMeshLocked notes the connection of another relay, and returns the one
 // that it replaces.
 func (s *Server) joinMeshLocked(c *session) (former *session) {
-	former = s.mesh.sessions[c.key]
-	delete(s.mesh.watchers, former)
+	if former = s.mesh.sessions[c.key]; former != nil {
+		s.leaveMeshLocked(former)
+	}
 	s.mesh.sessions[c.key] = c
 	return former
 }
@@ -160,6 +161,7 @@ func (s *Server) joinMeshLocked(c *session) (former *session) {
 func (s *Server) leaveMeshLocked(c *session) {
 	delete(s.mesh.watchers, c)
 	if s.mesh.sessions[c.key] == c {
+		s.counters.left.add(&c.traffic)
 		delete(s.mesh.sessions, c.key)
 	}
 }

@@ -92,6 +92,8 @@ func TestMeshForwards(t *testing.T) {
 
 	late := r[2].dial()
 	r[0].sees(late.pub, r[2])
+	r[1].sees(late.pub, r[2])
+	r[2].sees(x.pub, r[0])
 	x.send(late.pub, "to the third")
 	late.wantPacket(x.pub, "to the third")
 

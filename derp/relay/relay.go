@@ -316,6 +316,7 @@ func (s *Server) unregister(c *session) {
 	}
 	s.clients--
 	s.counters.dropped.Add(c.conn.Dropped()) // with Stats it is counted once at any moment
+	s.counters.left.add(&c.traffic)
 	if g := sourceGroup(c.source); s.sources[g] > 1 {
 		s.sources[g]--
 	} else {

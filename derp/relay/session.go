@@ -36,6 +36,7 @@ type session struct {
 	// are set before anyone else sees the session.
 	mesh, acksPings bool
 
+	traffic traffic       // what it sent
 	pongs   atomic.Uint64 // answers to our pings
 	home    atomic.Bool   // the client calls this relay its home
 	ended   atomic.Bool   // end was called: nothing is passed on any more
@@ -348,8 +349,8 @@ func (c *session) flush() {
 	if c.mesh {
 		k.forwardedIn.Add(uint64(n))
 	} else {
-		k.packetsIn.Add(uint64(n))
-		k.bytesIn.Add(uint64(r.bytes))
+		c.traffic.packetsIn.Add(uint64(n))
+		c.traffic.bytesIn.Add(uint64(r.bytes))
 	}
 	if c.ended.Load() {
 		return // revoked while its packets were in our hands
@@ -393,8 +394,8 @@ func (c *session) flush() {
 		// We are faster than the writer: let it run before we drop more.
 		runtime.Gosched()
 	}
-	k.packetsOut.Add(uint64(n))
-	k.bytesOut.Add(uint64(r.bytes))
+	c.traffic.packetsOut.Add(uint64(n))
+	c.traffic.bytesOut.Add(uint64(r.bytes))
 }
 
 // peerGone tells the client that the relay does not reach key.

@@ -5,16 +5,50 @@ import (
 	"time"
 )
 
+// traffic is what came from one client, or from all that have left.
+type traffic struct {
+	packetsIn, bytesIn, packetsOut, bytesOut atomic.Uint64
+}
+
+// add adds what another one counts.
+func (t *traffic) add(o *traffic) {
+	t.packetsIn.Add(o.packetsIn.Load())
+	t.bytesIn.Add(o.bytesIn.Load())
+	t.packetsOut.Add(o.packetsOut.Load())
+	t.bytesOut.Add(o.bytesOut.Load())
+}
+
 // counters are the running sums behind Stats.
 type counters struct {
-	packetsIn, bytesIn, packetsOut, bytesOut, unknown, dropped atomic.Uint64
-	forwardedIn, forwardedOut, forwardedDropped, meshFull      atomic.Uint64
-	accepted, refused, violations                              atomic.Uint64
-	paused                                                     atomic.Int64 // nanoseconds
+	left traffic // of clients that have left; the others count for themselves
+
+	unknown, dropped                                      atomic.Uint64
+	forwardedIn, forwardedOut, forwardedDropped, meshFull atomic.Uint64
+	accepted, refused, violations                         atomic.Uint64
+	paused                                                atomic.Int64 // nanoseconds
+}
+
+// trafficLocked sums what clients and other relays sent.
+func (s *Server) trafficLocked() *traffic {
+	sum := new(traffic)
+	sum.add(&s.counters.left)
+	for _, p := range s.peers {
+		for _, c := range p.sessions {
+			sum.add(&c.traffic)
+		}
+	}
+	for _, c := range s.mesh.sessions {
+		sum.add(&c.traffic)
+	}
+	return sum
 }
 
 // passed counts the packets that the relay was good for.
-func (k *counters) passed() uint64 { return k.packetsOut.Load() + k.forwardedOut.Load() }
+func (s *Server) passed() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.trafficLocked().packetsOut.Load() + s.counters.forwardedOut.Load()
+}
 
 // Stats is a snapshot of what the relay does. Counters start at New.
 type Stats struct {
@@ -71,12 +105,13 @@ func (s *Server) Stats() Stats {
 			st.Dropped += c.conn.Dropped()
 		}
 	}
+	t := s.trafficLocked()
 	s.mu.RUnlock()
+	st.PacketsIn, st.BytesIn, st.PacketsOut, st.BytesOut = t.packetsIn.Load(), t.bytesIn.Load(), t.packetsOut.Load(), t.bytesOut.Load()
 	st.Pending = s.gate.pending()
 	st.Accepted, st.Refused = k.accepted.Load(), k.refused.Load()
 	st.Evicted, st.Violations = s.gate.evictions(), k.violations.Load()
-	st.PacketsIn, st.BytesIn, st.PacketsOut = k.packetsIn.Load(), k.bytesIn.Load(), k.packetsOut.Load()
-	st.BytesOut, st.MeshFull = k.bytesOut.Load(), k.meshFull.Load()
+	st.MeshFull = k.meshFull.Load()
 	st.ForwardedIn, st.ForwardedOut = k.forwardedIn.Load(), k.forwardedOut.Load()
 	st.Unknown, st.Paused = k.unknown.Load(), time.Duration(k.paused.Load())
 	return st
