@@ -11,8 +11,9 @@
 // acknowledgement, or a timer's). Our link (link.go) cuts that segment into
 // packets of the MTU (gso.go), laid back to back in one pooled buffer, and
 // calls Config.Out once with all of them. Everything else that leaves (SYN,
-// ACK, RST, UDP, ICMP) is a batch of one packet. The buffer returns to the pool
-// when Out returns.
+// ACK, RST, UDP, ICMP) is a batch of one packet, but for small data of many busy
+// connections, which is collected (crowd.go) and leaves from a goroutine of its
+// own. The buffer returns to the pool when Out returns.
 //
 // In: Stack.In copies each packet into a buffer of gVisor's pool and delivers it;
 // consecutive segments of one connection become one large segment in one buffer

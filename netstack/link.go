@@ -21,6 +21,7 @@ type link struct {
 	size    func(netip.Addr) int // of packets; nil = mtu
 	trains  sync.Pool            // of *train
 	hold    hold
+	crowd   crowd
 	sending gate // calls of out
 	taking  gate // calls of deliver
 
@@ -36,6 +37,7 @@ func newLink(mtu int, out func([][]byte), size func(netip.Addr) int) *link {
 	l.sending.init()
 	l.taking.init()
 	l.hold.init(mtu, l.sendOne)
+	l.crowd.out = out
 	return l
 }
 
@@ -55,8 +57,20 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	} else if n := len(packets); n > 0 && l.waits(packets[n-1]) {
 		packets = nil // a packet that was cut speaks as its last part does: it never waits
 	}
-	if len(packets) > 0 {
-		l.out(packets)
+	joined, start := false, false
+	if len(packets) == 1 {
+		joined, start = l.crowd.join(packets[0])
+	}
+	switch {
+	case start && l.sending.enter():
+		go func() {
+			defer l.sending.leave()
+			l.crowd.leave()
+		}()
+	case start: // closing
+		l.crowd.leave()
+	case len(packets) > 0 && !joined:
+		l.crowd.send(packets)
 	}
 	t.reset()
 	l.trains.Put(t)
