@@ -145,6 +145,10 @@ func IsTemporary(err error) bool {
 // RetryAfter returns how long the server that err came from asked to wait, 0 if
 // it did not.
 func RetryAfter(err error) time.Duration {
+	var restart *restartError
+	if errors.As(err, &restart) {
+		return restart.after
+	}
 	var s *StatusError
 	if !errors.As(err, &s) {
 		return 0

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"sync"
@@ -18,6 +19,22 @@ import (
 // ErrStreamEnded reports that the control server ended a stream without giving
 // a reason: it restarts, or the node polls twice.
 var ErrStreamEnded = errors.New("control server ended the stream")
+
+// maxRestart bounds what a control server may ask for when it goes away for a
+// moment.
+const maxRestart = time.Minute
+
+// restartError is an ErrStreamEnded of a server that will be back.
+type restartError struct{ after time.Duration }
+
+// newRestartError chooses a moment within so many milliseconds.
+func newRestartError(within int) *restartError {
+	return &restartError{rand.N(time.Duration(min(within, int(maxRestart/time.Millisecond))) * time.Millisecond)}
+}
+
+func (e *restartError) Error() string { return ErrStreamEnded.Error() + " and will be back" }
+
+func (e *restartError) Unwrap() error { return ErrStreamEnded }
 
 // pingTime bounds the answer to a ping request.
 const pingTime = 15 * time.Second
@@ -53,6 +70,9 @@ func (c *Client) Stream(ctx context.Context, req func() wire.MapRequest, handle 
 		}
 		now := time.Now()
 		c.heard.Store(&now)
+		if m.MeshRetryWithin > 0 {
+			return newRestartError(m.MeshRetryWithin)
+		}
 		if m.PingRequest != nil {
 			p.answer(ctx, m.PingRequest)
 		}

@@ -287,3 +287,25 @@ func TestRelay(t *testing.T) {
 		}
 	})
 }
+
+// A server that says that it will be back is not asked at once, nor by all nodes
+// at the same moment, nor after more time than it may ask for.
+func TestRestartHint(t *testing.T) {
+	for _, within := range []int{500, 1 << 40} {
+		seen := map[time.Duration]bool{}
+		for range 20 {
+			err := error(fmt.Errorf("map stream: %w", newRestartError(within)))
+			if !errors.Is(err, ErrStreamEnded) || IsFatal(err) {
+				t.Fatalf("%v", err)
+			}
+			after := RetryAfter(err)
+			if after < 0 || after >= min(time.Duration(within)*time.Millisecond, maxRestart) {
+				t.Errorf("within %d: after %v", within, after)
+			}
+			seen[after] = true
+		}
+		if len(seen) < 2 {
+			t.Errorf("within %d: always after the same time", within)
+		}
+	}
+}

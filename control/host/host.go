@@ -275,12 +275,28 @@ func (h *Host) Close() error {
 	h.shutdown.Do(func() {
 		close(h.closing)
 		h.drainRelay()
+		h.endStreams()
 		for i := len(h.closers) - 1; i >= 0; i-- {
 			h.closers[i]()
 		}
 		h.wg.Wait()
 	})
 	return nil
+}
+
+// endTime is how long requests that are being served have to be answered.
+const endTime = 5 * time.Second
+
+// endStreams tells nodes when to come back and lets requests end.
+func (h *Host) endStreams() {
+	if h.server == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), endTime)
+	defer cancel()
+	if err := h.server.Shutdown(ctx); err != nil {
+		h.log.Info("requests are cut short", zap.Error(err))
+	}
 }
 
 // fail notes the first listener that broke while nobody was closing.

@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"mesh/control/server"
 )
 
 const (
@@ -13,6 +15,8 @@ const (
 	// maxSniffing bounds the connections whose first byte is awaited; more are
 	// closed at once, so that silent ones cannot exhaust the process.
 	maxSniffing = 4096
+	// maxSniffingSource is how many of these may come from one source address.
+	maxSniffingSource = 1024
 
 	tlsHandshakeByte = 0x16
 )
@@ -22,14 +26,14 @@ const (
 type splitter struct {
 	ln         net.Listener
 	plain, tls *kindListener
-	slots      chan struct{}
+	slots      *server.Places
 	done       chan struct{}
 	once       sync.Once
 	wg         sync.WaitGroup
 }
 
 func newSplitter(ln net.Listener) *splitter {
-	s := &splitter{ln: ln, slots: make(chan struct{}, maxSniffing), done: make(chan struct{})}
+	s := &splitter{ln: ln, slots: server.NewPlaces(maxSniffing, maxSniffingSource), done: make(chan struct{})}
 	s.plain, s.tls = newKindListener(ln.Addr()), newKindListener(ln.Addr())
 	return s
 }
@@ -53,15 +57,15 @@ func (s *splitter) run() error {
 			return err
 		}
 		delay = 0
-		select {
-		case s.slots <- struct{}{}:
-			s.wg.Go(func() {
-				defer func() { <-s.slots }()
-				s.sort(c)
-			})
-		default:
+		leave, ok := s.slots.Enter(c.RemoteAddr())
+		if !ok {
 			c.Close()
+			continue
 		}
+		s.wg.Go(func() {
+			defer leave()
+			s.sort(c)
+		})
 	}
 }
 

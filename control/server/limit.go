@@ -9,8 +9,9 @@ import (
 // maxSources bounds how many source addresses the limiter remembers.
 const maxSources = 4096
 
-// limiter is a token bucket per source address, charged for refused
-// registrations only. An IPv6 source is its /64.
+// limiter is a token bucket per source address. An IPv6 source is its /64. One
+// is charged for every request of a stranger, another for refused registrations
+// only.
 type limiter struct {
 	rate  float64
 	burst float64
@@ -67,16 +68,21 @@ func (l *limiter) ok(a netip.Addr) bool {
 }
 
 // failed charges the source for one refusal.
-func (l *limiter) failed(a netip.Addr) {
+func (l *limiter) failed(a netip.Addr) { l.take(a) }
+
+// take charges the source for one request, and reports whether it had that.
+func (l *limiter) take(a netip.Addr) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p, now := source(a), l.now()
 	b := l.fill(p, now)
+	had := b.tokens >= 1
 	b.tokens = max(0, b.tokens-1)
 	if _, ok := l.buckets[p]; !ok && len(l.buckets) >= maxSources {
 		l.evict(now)
 	}
 	l.buckets[p] = b
+	return had
 }
 
 // evict forgets the source with the most tokens among a few arbitrary ones: the

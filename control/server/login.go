@@ -303,6 +303,7 @@ func (s *Server) awaitLogin(ctx context.Context, c *client, req *wire.RegisterRe
 	case <-l.done:
 	case <-replaced:
 	case <-over.C:
+	case <-s.leaving:
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -28,6 +28,7 @@ const (
 	atMap      = "map"
 	atRelay    = "relay"
 	atPublic   = "public"
+	atMachine  = "machine" // inside the Noise channel
 )
 
 // Why they are, besides the codes of package wire.
@@ -166,8 +167,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 }
 
 func (s *Server) gaugeValues() (v gaugeValues) {
-	v.sources = s.limit.size()
-	v.strangers, v.handshakes = len(s.transport.unknown), len(s.transport.handshakes)
+	v.sources = max(s.limit.size(), s.requests.size())
+	v.strangers, v.handshakes = s.transport.unknown.Taken(), len(s.transport.handshakes)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	v.nodes, v.users, v.unsaved, v.policy = len(s.nodes.byID), len(s.users), len(s.unsaved), s.policy.Version

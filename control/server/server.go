@@ -48,13 +48,20 @@ type Config struct {
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
 
 	MaxHandshakes int // Noise handshakes at one time; default 256
-	MaxUnknown    int // connections of machines without a node; default 1024
+	MaxUnknown    int // connections of machines without a node, half of them of one source; default 2048
 
 	// FailureRate is how many refused registrations a second one source
 	// address may cause, and FailureBurst how many at once, before it hears
 	// 429. Defaults 20 and 200.
 	FailureRate  float64
 	FailureBurst int
+
+	// RequestRate is how many requests a second, and RequestBurst how many at
+	// once, strangers at one source address may send before they hear 429: all
+	// requests outside the Noise channel, and inside it those of machines
+	// without a node. Defaults 500 and 5000.
+	RequestRate  float64
+	RequestBurst int
 
 	Logger *zap.Logger      // nil = silent
 	Now    func() time.Time // default time.Now
@@ -87,13 +94,19 @@ func (c *Config) setDefaults() {
 		c.MaxHandshakes = 256
 	}
 	if c.MaxUnknown == 0 {
-		c.MaxUnknown = 1024
+		c.MaxUnknown = 2048
 	}
 	if c.FailureRate == 0 {
 		c.FailureRate = 20
 	}
 	if c.FailureBurst == 0 {
 		c.FailureBurst = 200
+	}
+	if c.RequestRate == 0 {
+		c.RequestRate = 500
+	}
+	if c.RequestBurst == 0 {
+		c.RequestBurst = 5000
 	}
 	if c.Logger == nil {
 		c.Logger = zap.NewNop()
@@ -138,7 +151,8 @@ type Server struct {
 	replica replica
 
 	transport transport
-	limit     limiter
+	limit     limiter // refused registrations
+	requests  limiter // of strangers
 	pace      pace
 	meters    *meters
 	readiness readiness
@@ -147,7 +161,10 @@ type Server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // janitor and subscribers
 	closed sync.Once
-	kick   chan struct{} // tells the janitor that a deadline was added; buffered
+
+	left    sync.Once
+	leaving chan struct{} // closed when Shutdown is called
+	kick    chan struct{} // tells the janitor that a deadline was added; buffered
 }
 
 // New loads the working set from the store and starts the server's own
@@ -167,6 +184,7 @@ func New(cfg Config) (*Server, error) {
 		members:  make(map[*subscriber]struct{}),
 		unsaved:  make(map[wire.NodeID]struct{}),
 		kick:     make(chan struct{}, 1),
+		leaving:  make(chan struct{}),
 		meters:   newMeters(),
 	}
 	s.store.Observe(s.meters.stored)
@@ -176,6 +194,7 @@ func New(cfg Config) (*Server, error) {
 	s.replica.init(cfg.Store)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.limit.init(cfg.FailureRate, cfg.FailureBurst, cfg.Now)
+	s.requests.init(cfg.RequestRate, cfg.RequestBurst, cfg.Now)
 	err := s.load(s.ctx)
 	if err == nil {
 		err = s.join(s.ctx)
@@ -289,12 +308,12 @@ func (s *Server) Close() error {
 }
 
 // HTTPServer returns an http.Server for h with the limits that a listener open
-// to the world needs. Upgraded connections are the Server's: its Close ends
+// to the world needs, such as 2048 connections of one source address. Upgraded connections are the Server's: its Close ends
 // them. HTTP/2 stays off, since an upgrade needs the connection for itself.
 func HTTPServer(h http.Handler) *http.Server {
 	p := new(http.Protocols)
 	p.SetHTTP1(true)
-	return &http.Server{
+	srv := &http.Server{
 		Handler:           h,
 		Protocols:         p,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -303,4 +322,6 @@ func HTTPServer(h http.Handler) *http.Server {
 		IdleTimeout:       60 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 	}
+	boundConns(srv, NewPlaces(maxPlainConns, maxPlainConnsSource))
+	return srv
 }

@@ -51,8 +51,11 @@ type pending struct {
 	// nobody asks.
 	version int64
 	ended   bool
-	code    wire.ErrorCode // why it ended, "" = replaced
-	last    *wire.Node     // with code: what the node is to think of itself, nil = as before
+	// spread: with ended, how long all nodes may take to come back; 0 = as they
+	// please.
+	spread time.Duration
+	code   wire.ErrorCode // why it ended, "" = replaced
+	last   *wire.Node     // with code: what the node is to think of itself, nil = as before
 }
 
 func newStream(id wire.NodeID, c *client) *stream {
@@ -171,6 +174,7 @@ type news struct {
 	policy   int64
 	flows    *int
 	version  int64
+	spread   time.Duration
 	ended    bool
 	code     wire.ErrorCode
 }
@@ -181,7 +185,7 @@ func (s *Server) collect(st *stream) (n news) {
 	st.pending = pending{}
 	me := s.nodes.byID[st.id]
 	if p.ended || me == nil {
-		n.ended, n.code, n.self = true, p.code, p.last
+		n.ended, n.code, n.self, n.spread = true, p.code, p.last, p.spread
 		if p.code != wire.CodeNodeKeyExpired || me == nil {
 			return n
 		}
@@ -324,6 +328,11 @@ func (st *stream) messages(n news) (out []*response, err error) {
 			out = append(out, new(response))
 		}
 		out[len(out)-1].MeshMapVersion = n.version
+	}
+	if n.ended && n.code == "" && n.spread > 0 {
+		end := new(response)
+		end.MeshRetryWithin = int(n.spread / time.Millisecond)
+		out = append(out, end)
 	}
 	if n.ended && n.code != "" {
 		end := new(response)

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,11 +31,13 @@ type transport struct {
 	conns      chan net.Conn // accepted by inner
 	done       chan struct{}
 	handshakes chan struct{} // one token per handshake under way
-	unknown    chan struct{} // one token per connection without a known node
+	unknown    *Places       // one for each connection without a known node
 
 	mu      sync.Mutex // guards the members below
 	closing bool
 	wg      sync.WaitGroup // connections, requests, and inner's Serve
+	serving int            // requests
+	quiet   chan struct{}  // closed when serving gets 0; nil = nobody waits
 }
 
 // client is one Noise connection. It is reached through the context of its
@@ -47,6 +50,7 @@ type client struct {
 	closed  sync.Once
 	leave   func() // gives back what the connection holds; called once
 	known   func() // a request showed that the machine has a node
+	member  atomic.Bool
 }
 
 type clientKey struct{}
@@ -63,7 +67,7 @@ func (t *transport) start(s *Server) {
 	t.conns = make(chan net.Conn)
 	t.done = make(chan struct{})
 	t.handshakes = make(chan struct{}, s.cfg.MaxHandshakes)
-	t.unknown = make(chan struct{}, s.cfg.MaxUnknown)
+	t.unknown = NewPlaces(s.cfg.MaxUnknown, max(1, s.cfg.MaxUnknown/2))
 	p := new(http.Protocols)
 	p.SetUnencryptedHTTP2(true)
 	t.inner = &http.Server{
@@ -119,10 +123,56 @@ func (t *transport) isClosing() bool {
 	return t.closing
 }
 
-func (t *transport) close() {
+// refuseNew turns away connections and requests from now on.
+func (t *transport) refuseNew() {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.closing = true
+}
+
+// request counts one more request that is served, unless the server is closing;
+// it is over when done is called.
+func (t *transport) request() (done func(), ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closing {
+		return nil, false
+	}
+	t.serving++
+	t.wg.Add(1)
+	return func() {
+		t.mu.Lock()
+		if t.serving--; t.serving == 0 && t.quiet != nil {
+			close(t.quiet)
+			t.quiet = nil
+		}
+		t.mu.Unlock()
+		t.wg.Done()
+	}, true
+}
+
+// idle waits until no request is served, once refuseNew was called.
+func (t *transport) idle(ctx context.Context) error {
+	t.mu.Lock()
+	if t.serving == 0 {
+		t.mu.Unlock()
+		return nil
+	}
+	if t.quiet == nil {
+		t.quiet = make(chan struct{})
+	}
+	quiet := t.quiet
 	t.mu.Unlock()
+	select {
+	case <-quiet:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t *transport) close() {
+	t.refuseNew()
 	close(t.done)
 	t.inner.Close()
 	t.wg.Wait()
@@ -142,6 +192,11 @@ func (s *Server) Handler() http.Handler {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "pass"})
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !s.requests.take(addrOf(r.RemoteAddr)) {
+			s.meters.denied(atPublic, nil, denyRate)
+			tooMany(w, 1)
+			return
+		}
 		// None of these has a body: one that is announced is not read.
 		r.Body = http.MaxBytesReader(w, r.Body, 0)
 		mux.ServeHTTP(w, r)
@@ -168,14 +223,12 @@ func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "server is busy", http.StatusServiceUnavailable)
 	}
-	select {
-	case t.unknown <- struct{}{}:
-	default:
+	// Given back when the machine turns out to have a node, or leaves.
+	release, ok := t.unknown.enter(addrOf(r.RemoteAddr))
+	if !ok {
 		busy()
 		return
 	}
-	// Given back when the machine turns out to have a node, or leaves.
-	release := sync.OnceFunc(func() { <-t.unknown })
 	if !t.enter() {
 		release()
 		busy()
@@ -197,13 +250,14 @@ func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 		t.s.log.Debug("control handshake failed", zap.String("from", r.RemoteAddr), zap.Error(err))
 		return
 	}
-	c := &client{Conn: conn, machine: conn.Peer(), version: conn.Version(), known: release}
+	c := &client{Conn: conn, machine: conn.Peer(), version: conn.Version(), source: addrOf(r.RemoteAddr)}
+	c.known = func() {
+		release()
+		c.member.Store(true)
+	}
 	c.leave = func() {
 		release()
 		t.wg.Done()
-	}
-	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-		c.source = ap.Addr().Unmap().WithZone("")
 	}
 	// The inner server takes the deadline off when HTTP/2 begins.
 	conn.SetReadDeadline(time.Now().Add(10 * time.Second))
@@ -217,11 +271,20 @@ func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 // serveInner handles the requests inside a Noise connection.
 func (t *transport) serveInner(w http.ResponseWriter, r *http.Request) {
 	c, ok := r.Context().Value(clientKey{}).(*client)
-	if !ok || !t.enter() {
+	var done func()
+	if ok {
+		done, ok = t.request()
+	}
+	if !ok {
 		http.Error(w, "server is closing", http.StatusServiceUnavailable)
 		return
 	}
-	defer t.wg.Done()
+	defer done()
+	if !c.member.Load() && !t.s.requests.take(c.source) {
+		t.s.meters.denied(atMachine, nil, denyRate)
+		tooMany(w, 1)
+		return
+	}
 	// Closing the server ends the request whatever it waits for.
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()

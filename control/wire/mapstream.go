@@ -167,6 +167,10 @@ type MapResponse struct {
 	// MeshCode ends the stream for a reason that the node should act on, such
 	// as CodeNodeRevoked.
 	MeshCode ErrorCode `json:",omitempty"`
+	// MeshRetryWithin ends the stream because the server goes away for a moment:
+	// the node connects again at a moment of its choice within so many
+	// milliseconds, so that not all do so at once.
+	MeshRetryWithin int `json:",omitzero"`
 	// MeshReportFlows asks the node to report connection attempts, at most
 	// every so many seconds; 0 ends that, nil leaves it as it is.
 	MeshReportFlows *int `json:",omitempty"`

@@ -107,3 +107,28 @@ func TestAppliedMeansCut(t *testing.T) {
 		t.Errorf("once it is in force, the connection reads %v", err)
 	}
 }
+
+// A server that is told to end tells the nodes to come back; connections between
+// them go on as if nothing had happened, and the nodes are back when it is.
+func TestGracefulRestart(t *testing.T) {
+	m := meshtest.Start(t, openPolicy)
+	a, b := pair(t, m, func(*mesh.Node) {}, "direct")
+	for range 2 {
+		out, in := connect(t, a, b)
+		moving := make(chan error, 1)
+		go func() { moving <- exchange(out, in, 8<<20) }()
+		m.Stop()
+		m.Restart()
+		if err := <-moving; err != nil {
+			t.Fatalf("over a restart: %v", err)
+		}
+		out.Close()
+		in.Close()
+		for _, name := range []string{"a", "b"} {
+			meshtest.Until(t, name+" to be back", func() bool {
+				n, err := m.Admin.Node(t.Context(), name)
+				return err == nil && n.Online
+			})
+		}
+	}
+}
