@@ -19,6 +19,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"mesh/identity"
+	"mesh/internal/errand"
 )
 
 // ClientConfig says how to connect to a relay. Durations and sizes of 0 mean
@@ -108,8 +109,9 @@ type Client struct {
 	hasHeld bool     // of Recv
 	packets [][]byte // of Recv
 
-	wg   sync.WaitGroup // the writer
-	done chan struct{}  // closed when the connection ended
+	writing *errand.Errand
+
+	done chan struct{} // closed when the connection ended
 
 	mu        sync.Mutex // guards what follows
 	err       error      // why it ended
@@ -142,7 +144,7 @@ func Login(ctx context.Context, nc net.Conn, cfg ClientConfig) (*Client, error) 
 	return c, nil
 }
 
-// login runs the key exchange and starts the writer. Deadlines are the caller's.
+// login runs the key exchange. Deadlines are the caller's.
 func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 	if cfg.Key.IsZero() {
 		return nil, errors.New("no node key")
@@ -154,14 +156,16 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 		idle:   cfg.IdleTimeout,
 		done:   make(chan struct{}),
 		pings:  make(map[[PingLen]byte]chan struct{}),
-		conn: NewConn(nc, early, ConnConfig{
-			WriteTimeout: cfg.WriteTimeout,
-			DataPackets:  cfg.QueuePackets,
-			DataBytes:    cfg.QueueBytes,
-			DiscoPackets: cfg.QueueDisco,
-			Fair:         true,
-		}),
 	}
+	c.writing = errand.New(c.write)
+	c.conn = NewConn(nc, early, ConnConfig{
+		WriteTimeout: cfg.WriteTimeout,
+		DataPackets:  cfg.QueuePackets,
+		DataBytes:    cfg.QueueBytes,
+		DiscoPackets: cfg.QueueDisco,
+		Fair:         true,
+		Wake:         c.writing.Ask,
+	})
 	if c.logger == nil {
 		c.logger = zap.NewNop()
 	}
@@ -199,12 +203,14 @@ func login(nc net.Conn, early []byte, cfg ClientConfig) (*Client, error) {
 		burst := max(sinfo.TokenBucketBytesBurst, FrameHeaderLen+MaxFrame)
 		c.limiter = rate.NewLimiter(rate.Limit(n), burst)
 	}
-	c.wg.Go(func() {
-		if err := c.conn.WriteLoop(); err != nil {
-			c.fail(err)
-		}
-	})
 	return c, nil
+}
+
+// write is the errand of the client: to send what is queued.
+func (c *Client) write() {
+	if err := c.conn.WritePending(); err != nil {
+		c.fail(err)
+	}
 }
 
 // notAdmitted explains the end of a connection after we showed our key.
@@ -512,7 +518,7 @@ func (c *Client) Err() error {
 // returns. Queued packets are lost.
 func (c *Client) Close() error {
 	c.fail(net.ErrClosed)
-	c.wg.Wait()
+	c.writing.Close()
 	return nil
 }
 

@@ -22,6 +22,9 @@ type ConnConfig struct {
 	// business; default 4096 and 256 KiB.
 	ControlFrames, ControlBytes int
 	Fair                        bool // among the packets no key takes the place of others
+	// Wake, if there is one, has somebody call WritePending soon, in place of
+	// WriteLoop. It is called with locks held and must not wait.
+	Wake func()
 }
 
 const (
@@ -42,7 +45,7 @@ const (
 // goes through bounded queues that WriteLoop empties in batches, so that no
 // sender ever waits for a slow connection.
 //
-// One goroutine may read; any may enqueue; one runs WriteLoop.
+// One goroutine may read; any may enqueue; one runs WriteLoop or WritePending.
 type Conn struct {
 	nc  net.Conn
 	cfg ConnConfig
@@ -50,6 +53,7 @@ type Conn struct {
 	out *Gather // under the TLS of nc; nil if there is none
 
 	wake chan struct{} // capacity 1; tells a waiting WriteLoop that there is work
+	call func()        // does so instead; nil = WriteLoop runs
 	done chan struct{} // closed by Close
 
 	mu     sync.Mutex // guards what follows
@@ -58,7 +62,7 @@ type Conn struct {
 	// pongDue says that pong is to be sent. Only one is outstanding: the
 	// flood of pings that makes this matter deserves no more.
 	pongDue bool
-	idle    bool // WriteLoop waits for wake
+	idle    bool // nothing is queued, and whoever writes has to be woken
 	closed  bool
 
 	// batch and bufs are of WriteLoop alone.
@@ -93,6 +97,8 @@ func NewConn(nc net.Conn, early []byte, cfg ConnConfig) *Conn {
 		out:  gatherUnder(nc),
 		wake: make(chan struct{}, 1),
 		done: make(chan struct{}),
+		call: cfg.Wake,
+		idle: cfg.Wake != nil,
 	}
 	if cfg.Fair {
 		c.queues[Data].shares = make(map[[identity.KeyLen]byte]*keyShare)
@@ -101,7 +107,7 @@ func NewConn(nc net.Conn, early []byte, cfg ConnConfig) *Conn {
 	return c
 }
 
-// SetLimits replaces the limits that NewConn was given, but for Fair. It must
+// SetLimits replaces the limits that NewConn was given, but not Fair nor Wake. It must
 // be called before WriteLoop.
 func (c *Conn) SetLimits(cfg ConnConfig) {
 	if cfg.WriteTimeout <= 0 {
@@ -216,6 +222,10 @@ func (c *Conn) wakeLocked() {
 		return
 	}
 	c.idle = false
+	if c.call != nil {
+		c.call()
+		return
+	}
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -273,19 +283,39 @@ func (c *Conn) WriteLoop() error {
 			}
 			continue
 		}
-		err := c.write(batch)
-		for _, k := range batch {
-			k.free()
+		if err := c.writeOut(batch); err != nil {
+			return err
 		}
-		if err != nil {
-			select {
-			case <-c.done:
-				return nil
-			default:
-				return fmt.Errorf("write: %w", err)
-			}
+		if c.closing() {
+			return nil
 		}
 	}
+}
+
+// WritePending writes what is queued, in batches, until nothing is. It returns
+// nil then and after Close, and otherwise as WriteLoop does.
+func (c *Conn) WritePending() (err error) {
+	for err == nil && !c.closing() {
+		batch := c.take()
+		if len(batch) == 0 {
+			return nil
+		}
+		err = c.writeOut(batch)
+	}
+	c.drain()
+	return err
+}
+
+// writeOut sends a batch and frees it.
+func (c *Conn) writeOut(batch []*chunk) error {
+	err := c.write(batch)
+	for _, k := range batch {
+		k.free()
+	}
+	if err == nil || c.closing() {
+		return nil
+	}
+	return fmt.Errorf("write: %w", err)
 }
 
 // write sends a batch: with one system call where the connection is bare TCP or
