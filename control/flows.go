@@ -1,7 +1,6 @@
 package control
 
 import (
-	"context"
 	"time"
 
 	"go.uber.org/zap"
@@ -28,38 +27,42 @@ func (s *Session) askFlows(every *int) {
 		return
 	}
 	s.cfg.NoteFlows(d > 0)
-	signal(s.flows)
+	s.nextFlows()
 }
 
-// reportFlows sends reports of flows for as long as the control server asks for
-// them.
-func (s *Session) reportFlows(ctx context.Context) {
-	for {
-		s.mu.Lock()
-		every := s.flowsEvery
-		s.mu.Unlock()
-		var due <-chan time.Time
-		if every > 0 {
-			due = time.After(every)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-s.flows:
-			continue
-		case <-due:
-		}
-		flows := s.cfg.Flows()
-		if len(flows) == 0 {
-			continue
-		}
-		r, _ := s.request()
-		if r.DiscoKey.IsZero() {
-			continue
-		}
-		// What does not arrive is lost: it is a sample anyway.
-		if r.MeshFlows = flows[:min(len(flows), wire.MaxFlows)]; s.c.Update(ctx, r) != nil {
-			s.c.log.Debug("report of flows failed", zap.Int("flows", len(flows)))
-		}
+// nextFlows has flows reported when that is due.
+func (s *Session) nextFlows() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.flowTimer != nil && s.flowsEvery > 0:
+		s.flowTimer.Reset(s.flowsEvery)
+	case s.flowTimer != nil:
+		s.flowTimer.Stop()
+	case s.flowsEvery > 0:
+		s.flowTimer = time.AfterFunc(s.flowsEvery, s.flowing.Ask)
+	}
+}
+
+// reportFlows sends a report of flows, if the control server still asks for them.
+func (s *Session) reportFlows() {
+	s.mu.Lock()
+	ctx, wanted := s.ctx, s.flowsEvery > 0
+	s.mu.Unlock()
+	if !wanted || ctx.Err() != nil {
+		return
+	}
+	defer s.nextFlows()
+	flows := s.cfg.Flows()
+	if len(flows) == 0 {
+		return
+	}
+	r, _ := s.request()
+	if r.DiscoKey.IsZero() {
+		return
+	}
+	// What does not arrive is lost: it is a sample anyway.
+	if r.MeshFlows = flows[:min(len(flows), wire.MaxFlows)]; s.c.Update(ctx, r) != nil {
+		s.c.log.Debug("report of flows failed", zap.Int("flows", len(flows)))
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"mesh/control/wire"
 	"mesh/identity"
 	"mesh/internal/backoff"
+	"mesh/internal/errand"
 	"mesh/internal/netmap"
 )
 
@@ -69,11 +70,13 @@ type Session struct {
 	c   *Client
 	cfg SessionConfig
 
-	nudge  chan struct{} // asks Run not to wait any longer
-	probe  chan struct{} // asks to look at the connection
-	update chan struct{} // asks for a lite update
-	dirty  chan struct{} // asks to save the map
-	flows  chan struct{} // flowsEvery has changed
+	nudge chan struct{} // asks Run not to wait any longer
+
+	// What Run has to do now and then, each on a goroutine only meanwhile.
+	updating *errand.Errand // send a lite update
+	probing  *errand.Errand // look at the connection
+	saving   *errand.Errand // save the map
+	flowing  *errand.Errand // report flows
 
 	mu      sync.Mutex // guards the fields below
 	host    HostState
@@ -83,18 +86,37 @@ type Session struct {
 	online  bool
 	endPoll context.CancelCauseFunc // of the present map poll
 	last    *netmap.Map             // to be saved
+	dirty   bool                    // it is not saved yet
+	savedAt time.Time               // when a map was saved last
 	nudged  time.Time               // when Retry was called last
 	// flowsEvery is how often to report flows, 0 = never.
 	flowsEvery time.Duration
+	// ctx is Run's, and stop makes it end for a reason; nil while Run does not run.
+	ctx  context.Context
+	stop context.CancelCauseFunc
+	// saveTimer and flowTimer ask for saving and flowing; nil = not set.
+	saveTimer, flowTimer *time.Timer
 }
 
 // NewSession returns a session; Run starts it.
 func (c *Client) NewSession(cfg SessionConfig) *Session {
-	return &Session{
-		c: c, cfg: cfg,
-		nudge: make(chan struct{}, 1), probe: make(chan struct{}, 1), update: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
-		flows: make(chan struct{}, 1),
-	}
+	s := &Session{c: c, cfg: cfg, nudge: make(chan struct{}, 1)}
+	s.updating = errand.New(s.sendUpdates)
+	s.probing = errand.New(func() {
+		if ctx := s.context(); ctx != nil {
+			c.Probe(ctx)
+		}
+	})
+	s.saving = errand.New(s.saveMap)
+	s.flowing = errand.New(s.reportFlows)
+	return s
+}
+
+// context returns Run's, nil if that does not run.
+func (s *Session) context() context.Context {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ctx
 }
 
 func signal(ch chan struct{}) {
@@ -126,7 +148,7 @@ func (s *Session) tell(change func() (news bool)) {
 	}
 	s.mu.Unlock()
 	if news {
-		signal(s.update)
+		s.updating.Ask()
 	}
 }
 
@@ -152,7 +174,7 @@ func (s *Session) Retry() {
 	s.nudged = time.Now()
 	s.mu.Unlock()
 	signal(s.nudge)
-	signal(s.probe)
+	s.probing.Ask()
 }
 
 // forgetNudge drops a Retry from so long before a failure that it was not about
@@ -216,26 +238,11 @@ func (s *Session) Run(ctx context.Context) error {
 
 func (s *Session) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
-	var wg sync.WaitGroup
-	defer wg.Wait()
+	s.mu.Lock()
+	s.ctx, s.stop = ctx, cancel
+	s.mu.Unlock()
+	defer s.finish()
 	defer cancel(nil)
-	wg.Go(func() { s.sendUpdates(ctx, cancel) })
-	wg.Go(func() {
-		for {
-			select {
-			case <-s.probe:
-				s.c.Probe(ctx)
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-	if s.cfg.Store != nil {
-		wg.Go(func() { s.saveMaps(ctx) })
-	}
-	if s.cfg.NoteFlows != nil {
-		wg.Go(func() { s.reportFlows(ctx) })
-	}
 
 	inForce := s.cfg.InForce
 	var wait backoff.Backoff
@@ -344,7 +351,7 @@ func (s *Session) setOnline(on bool) {
 	}
 	s.mu.Unlock()
 	if on {
-		signal(s.update)
+		s.updating.Ask()
 	}
 }
 
@@ -357,47 +364,61 @@ func (s *Session) due() (wire.MapRequest, int, bool) {
 	return r, want, s.online && s.sent != want && !r.DiscoKey.IsZero()
 }
 
-// sendUpdates sends lite updates, one at a time.
-func (s *Session) sendUpdates(ctx context.Context, cancel context.CancelCauseFunc) {
+// finish waits until all errands are done, and saves the last map.
+func (s *Session) finish() {
+	for _, e := range []*errand.Errand{s.updating, s.probing, s.saving, s.flowing} {
+		e.Close()
+	}
+	s.mu.Lock()
+	for _, t := range []*time.Timer{s.saveTimer, s.flowTimer} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+	m, dirty := s.last, s.dirty
+	s.mu.Unlock()
+	if dirty {
+		s.save(m)
+	}
+}
+
+// sendUpdates sends the lite updates that are due, one at a time.
+func (s *Session) sendUpdates() {
 	var wait backoff.Backoff
 	for {
-		select {
-		case <-s.update:
-		case <-ctx.Done():
+		r, want, due := s.due()
+		if !due {
 			return
 		}
-		for {
-			r, want, due := s.due()
-			if !due {
-				break
-			}
-			err := s.c.Update(ctx, r)
-			if err == nil {
-				s.mu.Lock()
-				s.sent = want
-				s.mu.Unlock()
-				wait.Reset()
-				continue
-			}
-			if ctx.Err() != nil {
-				return
-			}
-			switch {
-			case forgotten(err):
-				// Some servers delete a node and keep its stream, which
-				// hears of nothing any more.
-				s.mu.Lock()
-				endPoll := s.endPoll
-				s.mu.Unlock()
-				endPoll(err)
-			case IsFatal(err):
-				cancel(err)
-				return
-			}
-			s.c.log.Debug("update failed, will try again", zap.Error(err))
-			if wait.Wait(ctx, RetryAfter(err), nil, nil) != nil {
-				return
-			}
+		s.mu.Lock()
+		ctx, stop := s.ctx, s.stop
+		s.mu.Unlock()
+		err := s.c.Update(ctx, r)
+		if err == nil {
+			s.mu.Lock()
+			s.sent = want
+			s.mu.Unlock()
+			wait.Reset()
+			continue
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		switch {
+		case forgotten(err):
+			// Some servers delete a node and keep its stream, which
+			// hears of nothing any more.
+			s.mu.Lock()
+			endPoll := s.endPoll
+			s.mu.Unlock()
+			endPoll(err)
+		case IsFatal(err):
+			stop(err)
+			return
+		}
+		s.c.log.Debug("update failed, will try again", zap.Error(err))
+		if wait.Wait(ctx, RetryAfter(err), nil, nil) != nil {
+			return
 		}
 	}
 }
@@ -406,57 +427,57 @@ func (s *Session) sendUpdates(ctx context.Context, cancel context.CancelCauseFun
 const saveInterval = 10 * time.Second
 
 func (s *Session) keep(m *netmap.Map) {
-	s.mu.Lock()
-	s.last = m
-	s.mu.Unlock()
-	signal(s.dirty)
-}
-
-// saveMaps saves the latest map now and then, and at the end.
-func (s *Session) saveMaps(ctx context.Context) {
-	for {
-		select {
-		case <-s.dirty:
-			s.save()
-		case <-s.again():
-			if time.Since(s.c.LastHeard()) < wire.Watchdog {
-				s.save()
-			}
-		case <-ctx.Done():
-			select {
-			case <-s.dirty:
-				s.save()
-			default:
-			}
-			return
-		}
-		select {
-		case <-time.After(saveInterval):
-		case <-ctx.Done():
-		}
-	}
-}
-
-// again returns what tells that the map has to be saved anew, nil for not before
-// it changes.
-func (s *Session) again() <-chan time.Time {
-	if s.cfg.SaveEvery == nil {
-		return nil
-	}
-	every := s.cfg.SaveEvery()
-	if every == 0 {
-		return nil
-	}
-	return time.After(max(every, saveInterval))
-}
-
-func (s *Session) save() {
-	s.mu.Lock()
-	m := s.last
-	s.mu.Unlock()
-	if m == nil {
+	if s.cfg.Store == nil {
 		return
 	}
+	s.mu.Lock()
+	s.last, s.dirty = m, true
+	s.mu.Unlock()
+	s.saving.Ask()
+}
+
+// saveMap saves the latest map when that is due: it has changed, or what is
+// saved has to be younger, and it was not saved a moment ago.
+func (s *Session) saveMap() {
+	var every time.Duration
+	if s.cfg.SaveEvery != nil {
+		every = s.cfg.SaveEvery()
+	}
+	s.mu.Lock()
+	m, ago, due := s.last, time.Since(s.savedAt), saveInterval
+	if !s.dirty {
+		due = max(every, saveInterval)
+	}
+	switch {
+	case m == nil || !s.dirty && every == 0:
+		m = nil
+	case !s.savedAt.IsZero() && ago < due:
+		s.saveLaterLocked(due - ago)
+		m = nil
+	case !s.dirty && time.Since(s.c.LastHeard()) >= wire.Watchdog:
+		s.saveLaterLocked(due)
+		m = nil
+	default:
+		s.dirty, s.savedAt = false, time.Now()
+		if s.cfg.SaveEvery != nil {
+			s.saveLaterLocked(saveInterval) // by then the map is in force that says how old it may become
+		}
+	}
+	s.mu.Unlock()
+	if m != nil {
+		s.save(m)
+	}
+}
+
+func (s *Session) saveLaterLocked(d time.Duration) {
+	if s.saveTimer == nil {
+		s.saveTimer = time.AfterFunc(d, s.saving.Ask)
+	} else {
+		s.saveTimer.Reset(d)
+	}
+}
+
+func (s *Session) save(m *netmap.Map) {
 	if err := s.c.SaveMap(s.cfg.Store, m); err != nil {
 		s.c.log.Warn("the netmap cannot be saved: without control server this node could not start again", zap.Error(err))
 	}
