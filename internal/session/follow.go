@@ -79,14 +79,13 @@ func (s *Session) follow(e *enrolment) (err error) {
 // the control server, until the session stops, the control server puts the node
 // out or the key expires.
 func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
-	ctx, cancel := context.WithCancel(s.ctx)
+	ctx, end := context.WithCancelCause(s.ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer cancel()
+	defer end(nil)
 	if err := s.startEngine(e); err != nil {
 		return err
 	}
-	fatal := make(chan error, 2)
 	first := make(chan struct{})
 	if saved != nil {
 		// What was in force when the node last ran is in force again, until
@@ -96,35 +95,43 @@ func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
 	}
 	key := e.key()
 	wg.Go(func() {
-		if err := s.watchExpiry(ctx, e); err != nil {
-			fatal <- err
-		}
-	})
-	wg.Go(func() {
 		if err := s.keepRegistering(ctx, e, trouble); err != nil {
-			fatal <- err
+			end(err)
 			return
 		}
 		if e.key() != key {
 			s.adoptKey(ctx, e) // the one that a crash had kept from use
 		}
 		var once sync.Once
-		fatal <- s.coordinate(ctx, e, saved, func() {
+		end(s.coordinate(ctx, e, saved, func() {
 			once.Do(func() {
 				if saved == nil {
 					close(first)
 				}
 			})
-		})
+		}))
 	})
+	wg.Go(func() {
+		if err := s.comeUp(ctx, e, first); err != nil {
+			end(err)
+		}
+	})
+	if err := s.watchExpiry(ctx, e); err != nil {
+		end(err)
+	}
+	return context.Cause(ctx)
+}
 
+// comeUp waits until peers can reach the node, for which its first map has to
+// be in force, and says so.
+func (s *Session) comeUp(ctx context.Context, e *enrolment, first <-chan struct{}) error {
 	late := time.NewTimer(mapTimeout)
 	defer late.Stop()
 wait:
 	select {
 	case <-first:
-	case err := <-fatal:
-		return err
+	case <-ctx.Done():
+		return nil
 	case <-late.C:
 		if errors.Is(s.isBarred(), ErrNotApproved) {
 			goto wait // it is there, and takes its time
@@ -132,18 +139,15 @@ wait:
 		return fmt.Errorf("control server %s accepted this node but sent no netmap within %v: %w",
 			s.cfg.ControlURL, mapTimeout, cmp.Or(s.Trouble(), errNoAnswer))
 	}
-	s.settle(e)
-	select {
-	case err := <-fatal:
-		return err
-	default:
-	}
-	if s.WasUp() {
+	s.settle(ctx, e)
+	switch {
+	case ctx.Err() != nil:
+	case s.WasUp():
 		s.bar(nil)
-	} else {
+	default:
 		close(s.up)
 	}
-	return <-fatal
+	return nil
 }
 
 var errNoAnswer = errors.New("control server does not answer")
@@ -389,17 +393,22 @@ func (s *Session) hostState(e *enrolment) control.HostState {
 
 // settle waits until peers can reach the node: it has a home relay or
 // endpoints, and control knows them.
-func (s *Session) settle(e *enrolment) {
-	ctx, cancel := context.WithTimeout(s.ctx, readyTimeout)
+func (s *Session) settle(ctx context.Context, e *enrolment) {
+	whole := ctx
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
-	if err := s.engine.Load().Ready(ctx); err != nil {
+	err := s.engine.Load().Ready(ctx)
+	if whole.Err() != nil {
+		return // it will not be up
+	}
+	if err != nil {
 		s.log.Warn("up without a relay and without known endpoints: peers may not reach this node yet", zap.Error(err))
 	}
 	if s.Trouble() != nil {
 		return // control will hear when it is back
 	}
 	h := s.hostState(e)
-	err := e.client.Update(ctx, wire.MapRequest{
+	err = e.client.Update(ctx, wire.MapRequest{
 		NodeKey: e.key(), DiscoKey: h.DiscoKey, Hostinfo: h.Hostinfo,
 		Endpoints: h.Endpoints, EndpointTypes: h.EndpointTypes,
 	})
