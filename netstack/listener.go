@@ -13,6 +13,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"mesh/internal/errand"
 )
 
 // Listener accepts TCP connections.
@@ -20,12 +22,11 @@ type Listener struct {
 	s        *Stack
 	ep       *tcp.Endpoint
 	addr     netip.AddrPort
-	arrived  chan struct{} // a token when gVisor completed a handshake
-	entry    waiter.Entry
-	queue    chan *Conn // completed connections nobody accepted yet
+	pumping  *errand.Errand
+	entry    waiter.Entry // asks for pumping when gVisor completed a handshake
+	queue    chan *Conn   // completed connections nobody accepted yet
 	acceptBy deadline
 	done     chan struct{} // closed by Close
-	pumped   chan struct{} // closed when pump ended
 	once     sync.Once
 }
 
@@ -53,15 +54,14 @@ func (s *Stack) Listen(network string, addr netip.AddrPort) (*Listener, error) {
 	ops.SetV6Only(v6only)
 	ops.SetReuseAddress(true) // connections of an earlier listener may live on
 	l := &Listener{
-		s:       s,
-		ep:      ep,
-		arrived: make(chan struct{}, 1),
-		queue:   make(chan *Conn, s.backlog),
-		done:    make(chan struct{}),
-		pumped:  make(chan struct{}),
+		s:     s,
+		ep:    ep,
+		queue: make(chan *Conn, s.backlog),
+		done:  make(chan struct{}),
 	}
 	l.acceptBy.init()
-	l.entry.Init(waiter.ChannelNotifier(l.arrived), waiter.ReadableEvents)
+	l.pumping = errand.New(l.pump)
+	l.entry.Init(asking{l.pumping}, waiter.ReadableEvents)
 	wq.EventRegister(&l.entry)
 	if terr := ep.Bind(full); terr != nil {
 		ep.Close()
@@ -77,13 +77,18 @@ func (s *Stack) Listen(network string, addr netip.AddrPort) (*Listener, error) {
 		return fail(toErrno(terr))
 	}
 	l.addr = netip.AddrPortFrom(anyAddr(full.Addr, proto), local.Port)
-	if err := s.track(func() { s.listeners[l] = struct{}{}; s.wg.Add(1) }); err != nil {
+	if err := s.track(func() { s.listeners[l] = struct{}{} }); err != nil {
 		ep.Close()
+		l.pumping.Close()
 		return fail(err)
 	}
-	go l.pump()
 	return l, nil
 }
+
+// asking asks for an errand when gVisor tells of an event.
+type asking struct{ *errand.Errand }
+
+func (a asking) NotifyEvent(waiter.EventMask) { a.Ask() }
 
 // anyAddr is the address a socket says it is bound to.
 func anyAddr(a tcpip.Address, proto tcpip.NetworkProtocolNumber) netip.Addr {
@@ -100,19 +105,12 @@ func anyAddr(a tcpip.Address, proto tcpip.NetworkProtocolNumber) netip.Addr {
 // that do not fit. It keeps gVisor's own queue short: a full one would drop
 // SYNs silently.
 func (l *Listener) pump() {
-	defer l.s.wg.Done()
-	defer close(l.pumped)
 	for {
 		tep, wq, terr := l.ep.Accept(nil)
-		if terr == nil {
-			l.offer(tep.(*tcp.Endpoint), wq)
-			continue
-		}
-		select {
-		case <-l.arrived:
-		case <-l.done:
+		if terr != nil {
 			return
 		}
+		l.offer(tep.(*tcp.Endpoint), wq)
 	}
 }
 
@@ -183,7 +181,7 @@ func (l *Listener) Close() error {
 		}
 		l.s.untrack(func() { delete(l.s.listeners, l) })
 	})
-	<-l.pumped
+	l.pumping.Close()
 	for {
 		select {
 		case c := <-l.queue:

@@ -61,7 +61,7 @@ type Stack struct {
 	budget  *budget
 	closing chan struct{}  // closed when Close begins
 	down    chan struct{}  // closed when Close is done
-	wg      sync.WaitGroup // listeners' goroutines and dials under way
+	wg      sync.WaitGroup // dials under way
 
 	addrMu sync.Mutex // serialises SetAddrs
 
