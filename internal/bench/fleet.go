@@ -57,13 +57,13 @@ func fleetOf(b *bench, s *stack, prefix string, groups int) error {
 			return err
 		}
 	}
+	if err := p.call("usage", load.UsageArgs{Collect: true}, &all); err != nil {
+		return err
+	}
 	if b.profiles != "" {
 		if err := p.call("dump", load.DumpArgs{Prefix: fmt.Sprintf("%s/%s-fleet-%d-in-%d", b.profiles, s.name, b.fleet, groups)}, nil); err != nil {
 			return err
 		}
-	}
-	if err := p.call("usage", load.UsageArgs{Collect: true}, &all); err != nil {
-		return err
 	}
 	n := float64(b.fleet)
 	b.add(s, prefix+"RSS KB each", (all.RSS-none.RSS)/n/1e3)

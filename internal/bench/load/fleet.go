@@ -2,10 +2,12 @@ package load
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/pprof"
 	"sync"
 )
@@ -70,11 +72,20 @@ func (a *agent) groups(_ context.Context, g GroupsArgs) (any, error) {
 	return a.servers.Groups(g.Count)
 }
 
-// DumpArgs name the files for profiles of what is alive in the process.
+// DumpArgs name the files for what is alive in the process, and the memory it has.
 type DumpArgs struct{ Prefix string }
 
 func (a *agent) dump(_ context.Context, d DumpArgs) (any, error) {
 	if err := os.MkdirAll(filepath.Dir(d.Prefix), 0o755); err != nil {
+		return nil, err
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	text, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(d.Prefix+"-memstats.json", text, 0o644); err != nil {
 		return nil, err
 	}
 	for _, name := range []string{"goroutine", "heap"} {
