@@ -97,7 +97,7 @@ type NeedsLoginError = control.NeedsLoginError
 // must not be copied. Close it to leave.
 type Node struct {
 	Hostname   string         // name on the mesh; "" is $MESH_HOSTNAME or the program's name
-	ControlURL string         // coordination server; "" is $MESH_CONTROL_URL. There is no default
+	ControlURL string         // coordination server, or with commas its replicas; "" is $MESH_CONTROL_URL. There is no default
 	ControlKey string         // pin of the server's key, "mkey:…"; "" is $MESH_CONTROL_KEY or no pin
 	AuthKey    string         // enrolment key; "" is $MESH_AUTHKEY. Ignored while the saved identity is valid
 	Dir        string         // state directory; "" is $MESH_STATE_DIR or mesh/HOSTNAME in the user's config directory

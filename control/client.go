@@ -11,8 +11,8 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,7 +31,8 @@ const requestTime = 60 * time.Second
 // Config says which control server to talk to, and as whom.
 type Config struct {
 	// URL of the control server, http://host[:port] or https://host[:port];
-	// required.
+	// required. Of a server that runs as several replicas it may be a list with
+	// commas: the client uses one of them until that fails, then another.
 	URL string
 	// ServerKey pins the server's key. Zero: believe what it says itself, at
 	// /key, which is as safe as the web PKI for https, and not for http.
@@ -53,16 +54,17 @@ type Config struct {
 // Client talks to one control server. It is safe for concurrent use.
 type Client struct {
 	cfg  Config
-	url  *url.URL
-	base string // URL without trailing slash
-	host string // authority of the URL
-	addr string // host:port to dial
+	base string // URL without trailing slash, or all of them with commas
 	log  *zap.Logger
 
 	life context.Context // ends at Close
 	end  context.CancelCauseFunc
 
-	dialing chan struct{} // holds one token: whoever takes it may dial, and use serverKey
+	places []place
+	at     atomic.Pointer[place] // of places, never nil
+
+	dialing chan struct{} // holds one token: whoever takes it may dial, and use turn and serverKey
+	turn    int           // index of at
 
 	serverKey identity.MachinePublic // of the server as far as known
 
@@ -76,7 +78,7 @@ type Client struct {
 // New returns a client for a control server. It does no I/O. Its errors say
 // what is wrong with cfg.
 func New(cfg Config) (*Client, error) {
-	u, err := parseURL(cfg.URL)
+	places, err := parsePlaces(cfg.URL)
 	if err != nil {
 		return nil, err
 	}
@@ -87,14 +89,14 @@ func New(cfg Config) (*Client, error) {
 		cfg.Dial = (&net.Dialer{}).DialContext
 	}
 	c := &Client{
-		cfg: cfg, url: u, host: u.Host, serverKey: cfg.ServerKey,
-		base: strings.TrimRight(u.String(), "/"), log: cfg.Logger, dialing: make(chan struct{}, 1),
+		cfg: cfg, places: places, serverKey: cfg.ServerKey, log: cfg.Logger, dialing: make(chan struct{}, 1),
 	}
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	var bases []string
+	for _, p := range places {
+		bases = append(bases, p.base)
 	}
-	c.addr = net.JoinHostPort(u.Hostname(), port)
+	c.base = strings.Join(bases, ",")
+	c.start()
 	if c.log == nil {
 		c.log = zap.NewNop()
 	}
@@ -129,7 +131,8 @@ func (c *Client) URL() string { return c.base }
 // Proven returns ErrUnproven if whoever sits between could pose as the control
 // server. Who cares asks it before anything else: the client itself goes on.
 func (c *Client) Proven() error {
-	if c.url.Scheme == "https" || !c.cfg.ServerKey.IsZero() || c.Local() {
+	unproven := func(p place) bool { return p.url.Scheme != "https" && !p.local() }
+	if !c.cfg.ServerKey.IsZero() || !slices.ContainsFunc(c.places, unproven) {
 		return nil
 	}
 	return fmt.Errorf("control server %s: %w", c.base, ErrUnproven)
@@ -146,11 +149,7 @@ func (c *Client) LastHeard() time.Time {
 
 // Local reports whether the control server's URL names this host.
 func (c *Client) Local() bool {
-	if c.url.Hostname() == "localhost" {
-		return true
-	}
-	ip, err := netip.ParseAddr(c.url.Hostname())
-	return err == nil && ip.Unmap().IsLoopback()
+	return !slices.ContainsFunc(c.places, func(p place) bool { return !p.local() })
 }
 
 // Close ends all that goes on, which fails with ErrClosed, and closes the
@@ -199,7 +198,7 @@ func (c *Client) connect(ctx context.Context) (*http.ClientConn, error) {
 	if conn := c.current(); conn != nil { // another dialled meanwhile
 		return conn, nil
 	}
-	conn, err := c.dial(ctx)
+	conn, err := c.dialAny(ctx)
 	if err != nil {
 		return nil, c.because(ctx, err)
 	}
@@ -265,7 +264,7 @@ func (c *Client) post(ctx context.Context, path string, body any) (*http.Respons
 	if err != nil {
 		return nil, nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+c.host+path, bytes.NewReader(b))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+c.here().host+path, bytes.NewReader(b))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -323,6 +322,6 @@ func (c *Client) exchange(ctx context.Context, path string, body, answer any) er
 // tlsConfig is for HTTP/1.1 over TLS to the control server.
 func (c *Client) tlsConfig() *tls.Config {
 	return &tls.Config{
-		ServerName: c.url.Hostname(), RootCAs: c.cfg.TLSRootCAs, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
+		ServerName: c.here().url.Hostname(), RootCAs: c.cfg.TLSRootCAs, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
 	}
 }

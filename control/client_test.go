@@ -45,7 +45,7 @@ func TestNewErrors(t *testing.T) {
 		"http://h": {"h:80", "http://h"}, "https://h/": {"h:443", "https://h"}, "http://[::1]:8/x/": {"[::1]:8", "http://[::1]:8/x"},
 	} {
 		c, err := New(Config{URL: url, Machine: identity.NewMachine()})
-		if err != nil || c.addr != want[0] || c.URL() != want[1] {
+		if err != nil || c.here().addr != want[0] || c.URL() != want[1] {
 			t.Errorf("%q: %v, %+v", url, err, c)
 			continue
 		}

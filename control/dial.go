@@ -21,8 +21,10 @@ import (
 
 const (
 	// dialTime bounds getting a connection: key, TCP, TLS and handshake.
-	dialTime   = 15 * time.Second
-	maxKeyBody = 64 << 10
+	dialTime = 15 * time.Second
+	// dialTimeEach is the same where there is another place to go to.
+	dialTimeEach = 5 * time.Second
+	maxKeyBody   = 64 << 10
 
 	// A connection without any frame for pingAfter is asked whether it lives.
 	// Keep-alives of the map stream come more often, so an idle node never
@@ -31,10 +33,30 @@ const (
 	pingTimeout = 15 * time.Second
 )
 
+// dialAny makes a new connection to the place that was used last, or to the next
+// that answers. Only the holder of the token in c.dialing calls it.
+func (c *Client) dialAny(ctx context.Context) (*http.ClientConn, error) {
+	var errs []error
+	for range c.places {
+		conn, err := c.dial(ctx)
+		if err == nil || len(c.places) == 1 || ctx.Err() != nil {
+			return conn, err
+		}
+		c.log.Info("this place of the control server does not answer: trying the next", zap.String("url", c.here().base), zap.Error(err))
+		errs = append(errs, err)
+		c.move()
+	}
+	return nil, errors.Join(errs...)
+}
+
 // dial makes a new connection. Only the holder of the token in c.dialing calls
 // it.
 func (c *Client) dial(ctx context.Context) (*http.ClientConn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, dialTime, &UnreachableError{c.base, fmt.Errorf("no connection to %s within %v", c.addr, dialTime)})
+	limit := dialTime
+	if len(c.places) > 1 {
+		limit = dialTimeEach
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, &UnreachableError{c.base, fmt.Errorf("no connection to %s within %v", c.here().addr, limit)})
 	defer cancel()
 	nc, err := c.dialNoise(ctx)
 	if err != nil {
@@ -48,7 +70,7 @@ func (c *Client) dial(ctx context.Context) (*http.ClientConn, error) {
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout, WriteByteTimeout: pingTimeout},
 	}
 	t.Protocols.SetUnencryptedHTTP2(true)
-	conn, err := t.NewClientConn(ctx, "http", c.addr)
+	conn, err := t.NewClientConn(ctx, "http", c.here().addr)
 	if err != nil {
 		nc.Close()
 		return nil, c.unreachable(ctx, fmt.Errorf("start HTTP/2: %w", err))
@@ -65,9 +87,9 @@ func (c *Client) dialNoise(ctx context.Context) (*noise.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if c.url.Scheme == "http" {
+		if c.here().url.Scheme == "http" {
 			c.log.Info("control server is reached over plain HTTP and its key is not pinned: whoever is in between can pose as the server",
-				zap.String("url", c.base), zap.String("key", key.String()))
+				zap.String("url", c.here().base), zap.String("key", key.String()))
 		}
 		c.serverKey = key
 	}
@@ -111,7 +133,7 @@ func (c *Client) noiseError(ctx context.Context, err error) error {
 func (c *Client) handshake(ctx context.Context) (*noise.Conn, error) {
 	return noise.Dial(ctx, noise.ClientConfig{
 		Dial:      c.dialTransport,
-		Host:      c.host,
+		Host:      c.here().host,
 		Machine:   c.cfg.Machine,
 		ServerKey: c.serverKey,
 		Version:   wire.CapabilityVersion,
@@ -121,8 +143,8 @@ func (c *Client) handshake(ctx context.Context) (*noise.Conn, error) {
 // dialTransport opens what the handshake runs over. The handshake proves a
 // pinned key, so that no certificate is needed then.
 func (c *Client) dialTransport(ctx context.Context) (net.Conn, error) {
-	conn, err := c.cfg.Dial(ctx, "tcp", c.addr)
-	if err != nil || c.url.Scheme == "http" {
+	conn, err := c.cfg.Dial(ctx, "tcp", c.here().addr)
+	if err != nil || c.here().url.Scheme == "http" {
 		return conn, err
 	}
 	cfg := c.tlsConfig()
@@ -130,7 +152,7 @@ func (c *Client) dialTransport(ctx context.Context) (net.Conn, error) {
 	tc := tls.Client(conn, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("TLS with %s: %w", c.addr, err)
+		return nil, fmt.Errorf("TLS with %s: %w", c.here().addr, err)
 	}
 	return tc, nil
 }
@@ -138,7 +160,7 @@ func (c *Client) dialTransport(ctx context.Context) (net.Conn, error) {
 // fetchKey asks the server for its key.
 func (c *Client) fetchKey(ctx context.Context) (identity.MachinePublic, error) {
 	var none identity.MachinePublic
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("%s/key?v=%d", c.base, wire.CapabilityVersion), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("%s/key?v=%d", c.here().base, wire.CapabilityVersion), nil)
 	if err != nil {
 		return none, err
 	}

@@ -183,7 +183,7 @@ func (p *pinger) answer(ctx context.Context, r *wire.PingRequest) {
 		return
 	}
 	u, err := url.Parse(r.URL)
-	if err != nil || !r.URLIsNoise && (u.Scheme != p.c.url.Scheme || u.Host != p.c.url.Host) || u.User != nil {
+	if err != nil || !r.URLIsNoise && (u.Scheme != p.c.here().url.Scheme || u.Host != p.c.here().host) || u.User != nil {
 		p.c.log.Debug("ping request to a URL that is not the control server's")
 		return
 	}
@@ -219,7 +219,7 @@ func (c *Client) head(ctx context.Context, u *url.URL, inside bool) error {
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.host+u.RequestURI(), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.here().host+u.RequestURI(), nil)
 	if err != nil {
 		return err
 	}
@@ -244,7 +244,7 @@ func (c *Client) Probe(ctx context.Context) {
 	ctx, cancel := c.during(ctx, probeTime)
 	defer cancel(nil)
 	// Any answer will do, and servers have one for every path.
-	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.host+"/machine/whoami", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.here().host+"/machine/whoami", nil)
 	if err != nil {
 		return
 	}
