@@ -49,6 +49,7 @@ func commands() []*command {
 		shadowSet, shadowGet, shadowReport, shadowClear,
 		grantAdd, grantList, grantRevoke,
 		relayList, relayRemove,
+		backupCommand, migrateCommand,
 		auditCommand, auditVerify,
 	}
 }

@@ -30,7 +30,9 @@ which one server at a time may use; a server that was killed at any moment start
 again with all of it.
 
 With --database the data is in a PostgreSQL database instead, and only the keys of the
-relay and the administrators' socket in the data directory. The URL is better given
+relay and the administrators' socket in the data directory. Several servers with data
+directories of their own may use one database: nodes may go to any of them, and are
+given all their URLs, with commas. The URL is better given
 in MESH_DATABASE, which other users of the machine cannot see, or without a password,
 which then comes from PostgreSQL's password file.
 
@@ -71,7 +73,7 @@ network of yours. They hold no names, keys or addresses.
 			if cfg.Database == "" {
 				cfg.Database = os.Getenv("MESH_DATABASE")
 			}
-			if cfg.Database != "" && !strings.HasPrefix(cfg.Database, "postgres://") && !strings.HasPrefix(cfg.Database, "postgresql://") {
+			if cfg.Database != "" && !isPostgres(cfg.Database) {
 				return usageError{"--database: want postgres://USER@HOST/NAME"}
 			}
 			if cfg.DataDir, err = dataDir(*data); err != nil {
@@ -82,6 +84,10 @@ network of yours. They hold no names, keys or addresses.
 			return serve(ctx, c, cfg)
 		}
 	},
+}
+
+func isPostgres(url string) bool {
+	return strings.HasPrefix(url, "postgres://") || strings.HasPrefix(url, "postgresql://")
 }
 
 func serve(ctx context.Context, c *call, cfg host.Config) error {

@@ -304,6 +304,11 @@ type Relay struct {
 	Created   time.Time `json:"created,omitzero"`
 }
 
+// Backup is the body of POST /v1/backup.
+type Backup struct {
+	Path string `json:"path"` // absolute, on the server's machine; must not exist
+}
+
 // Status describes the server.
 type Status struct {
 	URL           string          `json:"url,omitempty"`

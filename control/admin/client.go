@@ -313,3 +313,9 @@ func (c *Client) Audit(ctx context.Context, since time.Time, after int64) ([]Aud
 func (c *Client) AuditHead(ctx context.Context) (AuditHead, error) {
 	return get[AuditHead](ctx, c, "GET", "/v1/audit/head", nil)
 }
+
+// Backup copies the server's data to a file of its machine. ErrConflict: it
+// could not be written, or is there already.
+func (c *Client) Backup(ctx context.Context, in Backup) error {
+	return c.do(ctx, http.MethodPost, "/v1/backup", in, nil)
+}

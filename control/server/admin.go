@@ -82,6 +82,7 @@ func (s *Server) AdminHandler() http.Handler {
 		"DELETE /v1/grants/{id}":         s.adminRevokeGrant,
 		"GET /v1/relays":                 s.adminRelays,
 		"DELETE /v1/relays/{id}":         s.adminRemoveRelay,
+		"POST /v1/backup":                s.adminBackup,
 		"GET /v1/audit":                  s.adminAudit,
 		"GET /v1/audit/head":             s.adminAuditHead,
 	} {

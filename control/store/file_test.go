@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"mesh/identity"
+	"mesh/internal/pgserver/pgtest"
 )
 
 func TestOddPaths(t *testing.T) {
@@ -171,9 +172,17 @@ func TestFullDiskAndReadOnly(t *testing.T) {
 // childEnv makes the test binary run as the victim of TestKill.
 const childEnv = "MESH_STORE_TEST_CHILD"
 
+// openPlace opens a file, or a database by its URL.
+func openPlace(place string) (Store, error) {
+	if strings.HasPrefix(place, "postgres://") {
+		return OpenPostgres(ctx, place)
+	}
+	return OpenSQLite(ctx, place)
+}
+
 // child writes without end and says on stdout what was acknowledged.
-func child(path string) {
-	s, err := OpenSQLite(ctx, path)
+func child(place string) {
+	s, err := openPlace(place)
 	if err != nil {
 		fmt.Println("error", err)
 		os.Exit(1)
@@ -205,18 +214,30 @@ func must2[T any](v T, err error) T {
 }
 
 func TestKillLosesNothingAcknowledged(t *testing.T) {
+	t.Run("SQLite", func(t *testing.T) { testKill(t, filepath.Join(t.TempDir(), "mesh.db")) })
+	t.Run("PostgreSQL", func(t *testing.T) { testKill(t, pgtest.Database(t)) })
+}
+
+// killRounds is how often the writer is killed.
+func killRounds() int {
+	switch {
+	case os.Getenv("MESH_FULL") != "":
+		return 200
+	case testing.Short():
+		return 3
+	}
+	return 10
+}
+
+func testKill(t *testing.T, place string) {
 	exe := must[string](t)(os.Executable())
-	path := filepath.Join(t.TempDir(), "mesh.db")
 	keys := map[string]bool{}  // acknowledged and not known to be used
 	nodes := map[string]bool{} // acknowledged node keys
 	total := 0
-	rounds := 20
-	if testing.Short() {
-		rounds = 3
-	}
+	rounds := killRounds()
 	for round := range rounds {
 		cmd := exec.Command(exe, "-test.run=^$")
-		cmd.Env = append(os.Environ(), childEnv+"="+path)
+		cmd.Env = append(os.Environ(), childEnv+"="+place)
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -248,7 +269,7 @@ func TestKillLosesNothingAcknowledged(t *testing.T) {
 		cmd.Wait()
 		total += seen
 
-		s, err := OpenSQLite(ctx, path)
+		s, err := openPlace(place)
 		if err != nil {
 			t.Fatalf("round %d: %v", round, err)
 		}
@@ -280,13 +301,23 @@ func TestKillLosesNothingAcknowledged(t *testing.T) {
 		if len(have) < len(nodes) || len(have) > len(nodes)+round+1 {
 			t.Errorf("round %d: %d nodes for %d acknowledged", round, len(have), len(nodes))
 		}
-		var check string
-		if err := s.db.QueryRow(`PRAGMA integrity_check`).Scan(&check); err != nil || check != "ok" {
-			t.Errorf("round %d: integrity: %s %v", round, check, err)
+		if _, err := verify(t, s, AuditHead{}); err != nil {
+			t.Errorf("round %d: %v", round, err)
+		}
+		if s, ok := s.(*SQLite); ok {
+			integrity(t, s)
 		}
 		s.Close()
 	}
 	t.Logf("%d acknowledged writes over %d kills", total, rounds)
+}
+
+func integrity(t *testing.T, s *SQLite) {
+	t.Helper()
+	var check string
+	if err := s.db.QueryRow(`PRAGMA integrity_check`).Scan(&check); err != nil || check != "ok" {
+		t.Errorf("integrity: %s %v", check, err)
+	}
 }
 
 func FuzzKeyText(f *testing.F) {
