@@ -15,6 +15,7 @@ type ControlConfig struct {
 	Policy               string // file, "" = the stored one
 	Relay                bool   // with a relay, and STUN at the default port of STUN's address
 	STUN                 string
+	Database             string // URL, "" = a file in DataDir
 }
 
 // ControlReady is what a control server process says when it runs.
@@ -26,7 +27,7 @@ func playControl(config json.RawMessage) (*part, error) {
 		return nil, err
 	}
 	h, err := host.Start(host.Config{
-		DataDir: c.DataDir, Listen: c.Listen, URL: c.URL, PolicyFile: c.Policy, NoRelay: !c.Relay, STUN: c.STUN,
+		DataDir: c.DataDir, Listen: c.Listen, URL: c.URL, PolicyFile: c.Policy, NoRelay: !c.Relay, STUN: c.STUN, Database: c.Database,
 	})
 	if err != nil {
 		return nil, err

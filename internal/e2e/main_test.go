@@ -7,11 +7,12 @@ import (
 	"go.uber.org/goleak"
 
 	"mesh/internal/actor"
+	"mesh/internal/pgserver/pgtest"
 )
 
 func TestMain(m *testing.M) {
 	actor.Perform()
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(pgtest.Runner{M: m})
 }
 
 // full tells whether the long forms of tests run, as in .ci/full.
