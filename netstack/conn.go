@@ -20,6 +20,7 @@ type Conn struct {
 	s    *Stack
 	ep   *tcp.Endpoint
 	flow Flow
+	in   *tally // small segments; nil before track
 
 	readable, writable   chan struct{} // a token when gVisor says that it may be worth trying
 	readEntry, writeWait waiter.Entry
@@ -30,8 +31,9 @@ type Conn struct {
 	window window // but for extra, which mu guards
 	eof    bool   // Read saw the end of the stream
 
-	writeMu sync.Mutex // serialises Write; guards src
+	writeMu sync.Mutex // serialises Write; guards the fields below
 	src     bytes.Reader
+	out     pieces
 
 	done chan struct{} // closed by Close or fail
 
@@ -99,6 +101,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 			c.widen(res.Count)
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:
+			c.in.empty()
 			c.waitFor(c.readable, by)
 			continue
 		}
@@ -131,6 +134,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 		c.src.Reset(b[done:])
 		n, terr := c.ep.Write(&c.src, tcpip.WriteOptions{})
 		done += int(n)
+		c.out.add(c.ep.SocketOptions(), int(n))
 		switch terr.(type) {
 		case nil:
 			if done == len(b) {
@@ -234,6 +238,9 @@ func (c *Conn) Close() error {
 	c.readBy.set(time.Time{})
 	c.writeBy.set(time.Time{})
 	c.s.untrack(func() { delete(c.s.conns, c.ep) })
+	if c.in != nil {
+		c.s.link.tallies.remove(c.flow, c.in)
+	}
 	if aborted {
 		// Whoever aborted the connection may not have got to its endpoint yet,
 		// and a plain close would tell the other side of a regular end.

@@ -84,10 +84,14 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	if err == nil {
 		c.flow = flowOf(ep)
+		c.in = s.link.tallies.add(c.flow, ep.SocketOptions())
 		err = s.track(func() { delete(s.dials, ep); s.conns[ep] = c })
 	}
 	if err != nil {
 		s.untrack(func() { delete(s.dials, ep) })
+		if c.in != nil {
+			s.link.tallies.remove(c.flow, c.in)
+		}
 		c.mu.Lock()
 		c.release()
 		c.mu.Unlock()

@@ -24,6 +24,7 @@ type link struct {
 	crowd   crowd
 	sending gate // calls of out
 	taking  gate // calls of deliver
+	tallies tallies
 
 	dispatcher atomic.Pointer[stack.NetworkDispatcher] // nil before Attach and after the NIC is gone
 }
@@ -119,6 +120,10 @@ func (l *link) deliver(packets [][]byte) {
 			continue
 		}
 		run := join(packets)
+		if run.bytes < smallPacket && l.tallies.drop(packets[0]) {
+			packets = packets[run.count:]
+			continue
+		}
 		pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(run.view(packets))})
 		(*dispatcher).DeliverNetworkPacket(proto, pkt)
 		pkt.DecRef()

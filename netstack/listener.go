@@ -121,6 +121,7 @@ func (l *Listener) offer(ep *tcp.Endpoint, wq *waiter.Queue) {
 		c.reset(err)
 		return
 	}
+	c.in = l.s.link.tallies.add(c.flow, ep.SocketOptions())
 	if err := l.s.track(func() { l.s.conns[ep] = c }); err != nil {
 		c.reset(err)
 		return

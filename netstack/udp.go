@@ -19,6 +19,8 @@ type udpSocket struct {
 	s     *Stack
 	ep    tcpip.Endpoint
 	local netip.AddrPort
+	flow  Flow   // without a remote address if it is not connected
+	in    *tally // small datagrams of flow
 
 	readable, writable   chan struct{} // a token when it may be worth trying
 	readEntry, writeWait waiter.Entry
@@ -84,6 +86,7 @@ func (u *udpSocket) read(b []byte) (int, netip.AddrPort, error) {
 		case *tcpip.ErrBadBuffer: // an empty b
 			return 0, fromFull(res.RemoteAddr), nil
 		case *tcpip.ErrWouldBlock:
+			u.in.empty()
 			u.waitFor(u.readable, by)
 			continue
 		}
@@ -164,6 +167,12 @@ func (u *udpSocket) reject(err error) {
 	waiter.ChannelNotifier(u.writable).NotifyEvent(0)
 }
 
+// tally lets small datagrams be counted from now on.
+func (u *udpSocket) tally(f Flow) {
+	u.flow = f
+	u.in = u.s.link.tallies.add(f, u.ep.SocketOptions())
+}
+
 // abort makes all operations fail with err; false if the socket ended before.
 func (u *udpSocket) abort(err error) bool {
 	u.mu.Lock()
@@ -174,6 +183,7 @@ func (u *udpSocket) abort(err error) bool {
 	u.failure = err
 	close(u.done)
 	u.mu.Unlock()
+	u.s.link.tallies.remove(u.flow, u.in)
 	u.ep.Close()
 	return true
 }
@@ -192,6 +202,7 @@ func (u *udpSocket) close() bool {
 	u.mu.Unlock()
 	u.readBy.set(time.Time{})
 	u.writeBy.set(time.Time{})
+	u.s.link.tallies.remove(u.flow, u.in)
 	u.ep.Close()
 	return true
 }
@@ -258,8 +269,10 @@ func (s *Stack) ListenUDP(network string, addr netip.AddrPort) (*PacketConn, err
 		return fail(toErrno(terr))
 	}
 	u.local = netip.AddrPortFrom(anyAddr(full.Addr, proto), local.Port)
+	u.tally(Flow{Proto: UDP, Local: u.local})
 	p := &PacketConn{u}
 	if err := s.track(func() { s.packets[p] = struct{}{} }); err != nil {
+		s.link.tallies.remove(u.flow, u.in)
 		u.ep.Close()
 		return fail(err)
 	}
@@ -318,10 +331,7 @@ func (p *PacketConn) Close() error {
 
 // UDPConn is a UDP socket connected to one address. ICMP "port unreachable" is
 // ECONNREFUSED from the next operation.
-type UDPConn struct {
-	*udpSocket
-	flow Flow
-}
+type UDPConn struct{ *udpSocket }
 
 var _ net.Conn = (*UDPConn)(nil)
 
@@ -355,8 +365,10 @@ func (s *Stack) DialUDP(local netip.Addr, remote netip.AddrPort) (*UDPConn, erro
 		return fail(toErrno(terr))
 	}
 	sock.local = fromFull(addr)
-	u := &UDPConn{udpSocket: sock, flow: Flow{Proto: UDP, Local: sock.local, Remote: remote}}
+	u := &UDPConn{sock}
+	u.tally(Flow{Proto: UDP, Local: sock.local, Remote: remote})
 	if err := s.track(func() { s.flows[u.flow] = u }); err != nil {
+		s.link.tallies.remove(u.flow, u.in)
 		sock.ep.Close()
 		return fail(err)
 	}
