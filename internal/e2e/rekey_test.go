@@ -160,3 +160,83 @@ func TestKeysAreReplacedUnderConnections(t *testing.T) {
 		})
 	}
 }
+
+// Whatever was saved when a node died while its key was replaced, it is the same
+// node when it starts again; so it is with a state from a backup.
+func TestDiesWhileKeyIsReplaced(t *testing.T) {
+	m := meshtest.Start(t, keyPolicy("1h"))
+	a, b := m.Node("a", []string{"tag:a"}), m.Node("b", []string{"tag:b"})
+	meshtest.Up(t, a, b)
+	self, dir := b.Status().Self, b.Dir
+	b.Close()
+	edit := func(f func(*identity.State)) (st identity.State) {
+		t.Helper()
+		s, err := identity.OpenFileStore(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if st, err = identity.LoadState(s); err != nil {
+			t.Fatal(err)
+		}
+		f(&st)
+		if err := st.Save(s); err != nil {
+			t.Fatal(err)
+		}
+		return st
+	}
+	first := edit(func(*identity.State) {}).Node
+	next := identity.NewNode()
+	for _, c := range []struct {
+		name string
+		edit func(*identity.State)
+		key  func(identity.NodePublic) bool
+	}{
+		{"before the new key was registered", func(st *identity.State) { st.Next = next },
+			func(k identity.NodePublic) bool { return k == next.Public() }},
+		{"after that, before it was saved", func(st *identity.State) { st.Node, st.Next = first, next },
+			func(k identity.NodePublic) bool { return k == next.Public() }},
+		{"long ago: a backup", func(st *identity.State) { st.Node, st.Next = first, identity.NodePrivate{} },
+			func(k identity.NodePublic) bool { return k != first.Public() && k != next.Public() }},
+	} {
+		edit(c.edit)
+		n := m.Node("b", nil, func(n *mesh.Node) { n.Dir = dir })
+		meshtest.Up(t, n)
+		meshtest.Until(t, "its key", func() bool { return c.key(n.Status().Self.Key) }) // until then by the saved map
+		if got := n.Status().Self; got.ID != self.ID || got.Addresses[0] != self.Addresses[0] {
+			t.Errorf("died %s: it is %v with %v, was %v", c.name, got, got.Key, self)
+		}
+		out, in := connect(t, a, n)
+		if err := exchange(out, in, 1000); err != nil {
+			t.Errorf("died %s: %v", c.name, err)
+		}
+		n.Close()
+		if st := edit(func(*identity.State) {}); !st.Next.IsZero() || !st.Enrolled {
+			t.Errorf("died %s: saved is %+v", c.name, st.Enrolled)
+		}
+	}
+
+	// Without its server it comes up with the key that it had, and takes the
+	// other when the server is there.
+	edit(func(st *identity.State) { st.Next = identity.NewNode() })
+	m.Stop()
+	n := m.Node("b", nil, func(n *mesh.Node) { n.Dir = dir })
+	meshtest.Up(t, n)
+	had := n.Status().Self.Key
+	m.Restart()
+	meshtest.Until(t, "the other key", func() bool { return n.Status().Self.Key != had && n.Status().Control == "" })
+	meshtest.Until(t, "a to know it", func() bool {
+		for _, p := range a.Status().Peers {
+			if p.Key == n.Status().Self.Key {
+				return true
+			}
+		}
+		return false
+	})
+	out, in := connect(t, a, n)
+	defer out.Close()
+	defer in.Close()
+	if err := exchange(out, in, 1000); err != nil {
+		t.Error(err)
+	}
+}

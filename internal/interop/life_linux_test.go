@@ -272,3 +272,45 @@ func TestStockEphemeralDies(t *testing.T) {
 		return err == nil && len(nodes) == 1 && !seen
 	})
 }
+
+// A node of ours replaces its key while stock nodes talk to it: connections in
+// either direction go on, and stock nodes begin new ones by the new key.
+func TestOursReplacesItsKey(t *testing.T) {
+	policy := func(expiry string) string {
+		return `{
+			"tagOwners": {"tag:a": [], "tag:s": []},
+			"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}],
+			"nodeAttrs": [{"target": ["tag:a"], "attr": ["key-expiry:` + expiry + `"]}],
+		}`
+	}
+	for _, relayed := range []bool{false, true} {
+		t.Run(map[bool]string{false: "direct", true: "by relay"}[relayed], func(t *testing.T) {
+			m := meshtest.Start(t, policy("1h"))
+			laptop := stockOf(t, m, "laptop", []string{"tag:s"}, nil)
+			ours := startAgent(t, m, "agent", []string{"tag:a"}, func(n *mesh.Node) { n.RelayOnly = relayed })
+			know(t, laptop, ours)
+			talk(t, laptop, ours, false)
+			c := echoConn(t, ours, laptop)
+			for _, expiry := range []string{"3h", "10h"} {
+				before := ours.Status().Self
+				m.SetPolicy(policy(expiry))
+				until(t, "our node to have another key", func() bool { return ours.Status().Self.Key != before.Key })
+				now := ours.Status().Self
+				until(t, "the stock node to know it", func() bool {
+					p, _ := laptop.status().peer("agent")
+					return p.PublicKey == now.Key.String()
+				})
+				begin := time.Now()
+				if sum, err := echoOver(c, 1000); err != nil || sum != sumOf(1000) {
+					t.Fatalf("the connection from before: %v", err)
+				}
+				t.Logf("an echo by the old connection took %v", time.Since(begin).Round(time.Millisecond))
+				talk(t, laptop, ours, false)
+				talk(t, ours, laptop, false)
+				if now.ID != before.ID || now.Addresses[0] != before.Addresses[0] {
+					t.Errorf("it is %v now, was %v", now, before)
+				}
+			}
+		})
+	}
+}
