@@ -260,7 +260,7 @@ func (t *Tunnel) begin(p *peer, again bool) {
 	p.begun = h
 	p.attempts++
 	s := p.current.Load()
-	p.retry = now.Add(pause(p.attempts, s != nil && s.usable(now)))
+	p.retry = now.Add(pause(p.attempts, s != nil && s.usable(now) && !p.hasty))
 	retry := p.retry
 	p.guest.sign(msg[:], now)
 	p.mu.Unlock()
@@ -315,7 +315,7 @@ func (t *Tunnel) conclude(k *knocking) {
 	s := t.newSession(p, index, remote, send, receive, true, now)
 	s.trip = now.Sub(h.sent)
 	t.setIndex(index, s)
-	p.begun = nil
+	p.begun, p.hasty = nil, false
 	if p.next != nil { // theirs crossed ours: they may use it
 		t.shelve(p, p.next)
 		p.next = nil

@@ -42,13 +42,16 @@ type peer struct {
 
 	current atomic.Pointer[session] // what is sent is sealed with it; changed under mu
 
-	mu        sync.Mutex // guards what follows; taken after route and before Tunnel.mu
-	next      *session   // a responder's session that the peer has not used yet
-	old       []*session // newest first
-	begun     *pending   // the handshake that we began, nil if there is none
-	attempts  int        // of it, one after the other
-	since     time.Time  // the first of them
-	retry     time.Time  // when the next is due
+	mu       sync.Mutex // guards what follows; taken after route and before Tunnel.mu
+	next     *session   // a responder's session that the peer has not used yet
+	old      []*session // newest first
+	begun    *pending   // the handshake that we began, nil if there is none
+	attempts int        // of it, one after the other
+	since    time.Time  // the first of them
+	retry    time.Time  // when the next is due
+	// hasty says that the peer drops our session when it hears of our new key,
+	// and may not have heard of that when we begin another.
+	hasty     bool
 	guest     guest
 	preshared psk
 	staged    [][]byte // packets that wait for a session

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -24,8 +25,9 @@ func TestRotation(t *testing.T) {
 	)
 	pace := time.Duration(unlessRace(2, 5)) * time.Millisecond
 	for _, by := range []time.Duration{-time.Second, -50 * time.Millisecond, 0, 50 * time.Millisecond, time.Second, 20 * time.Second} {
-		for _, talk := range []string{"both", "rotating", "peer"} {
-			t.Run(fmt.Sprintf("netmap %v after the key, %s talks", by, talk), func(t *testing.T) {
+		for _, talk := range []string{"both", "rotating", "peer", "both, prepared", "peer, prepared"} {
+			talk, _, prepared := strings.Cut(talk, ", ")
+			t.Run(fmt.Sprintf("netmap %v after the key, %s talks, prepared %v", by, talk, prepared), func(t *testing.T) {
 				bubble(t, func(t *testing.T, nw *network) {
 					private := [2]identity.NodePrivate{identity.NewNode(), identity.NewNode()}
 					var (
@@ -88,6 +90,11 @@ func TestRotation(t *testing.T) {
 						}
 					}
 					run(time.Second)
+					if prepared { // it answers to the new key, before it uses that
+						if err := a.t.AddKey(private[1]); err != nil {
+							t.Fatal(err)
+						}
+					}
 					first, second, between := rotate, learn, by
 					if by < 0 {
 						first, second, between = learn, rotate, -by
@@ -101,7 +108,7 @@ func TestRotation(t *testing.T) {
 					lost := [2]int{sent[0] - len(b.take()), sent[1] - len(a.take())}
 					t.Logf("%d of %d packets of the rotating node lost, %d of %d to it", lost[0], sent[0], lost[1], sent[1])
 					limit := [2]int{int(6 * trip / pace), 0}
-					if by < 0 {
+					if by < 0 && !prepared {
 						limit[0] += int(-by / pace)
 						limit[1] = max(0, limit[0]-stagedPackets)
 					}

@@ -364,7 +364,7 @@ func (t *Tunnel) SetKey(k identity.NodePrivate) error {
 			t.dropIndex(p.begun.index)
 			p.begun = nil
 		}
-		p.since = time.Time{}
+		p.since, p.hasty = time.Time{}, true
 		p.mu.Unlock()
 		if renew && t.calls.enter() {
 			t.begin(p, false)
