@@ -126,6 +126,8 @@ type nodeReport struct {
 	Control       string       `json:"control,omitempty"` // what is wrong with it
 	PolicyVersion int64        `json:"policyVersion"`
 	HomeRelay     int          `json:"homeRelay,omitempty"`
+	KeyExpiry     time.Time    `json:"keyExpiry,omitzero"`  // zero = never
+	KeyRenewal    time.Time    `json:"keyRenewal,omitzero"` // by the node itself; zero = it cannot
 	Peers         []peerReport `json:"peers"`
 }
 
@@ -240,7 +242,7 @@ func nodeStatus(ctx context.Context, c *call, control string, ping, asJSON bool)
 		cancel()
 	}
 	st := n.Status()
-	report := nodeReport{Self: reportPeer(st.Self), Control: st.Control, PolicyVersion: st.PolicyVersion, HomeRelay: st.HomeRelay, Peers: []peerReport{}}
+	report := nodeReport{Self: reportPeer(st.Self), Control: st.Control, PolicyVersion: st.PolicyVersion, HomeRelay: st.HomeRelay, KeyExpiry: st.KeyExpiry, KeyRenewal: st.KeyRenewal, Peers: []peerReport{}}
 	report.Self.Online = st.Running && st.Control == ""
 	for _, p := range st.Peers {
 		r := reportPeer(p.Peer)
@@ -252,6 +254,18 @@ func nodeStatus(ctx context.Context, c *call, control string, ping, asJSON bool)
 	}
 	writeNode(c, report)
 	return nil
+}
+
+// ownKey tells until when the node's key is good, and who has to do something
+// about it.
+func ownKey(r nodeReport, now time.Time) string {
+	switch {
+	case r.KeyExpiry.IsZero():
+		return "does not expire"
+	case r.KeyRenewal.IsZero():
+		return "expires " + ago(r.KeyExpiry, now) + ": log in then, or have an auth key"
+	}
+	return "expires " + ago(r.KeyExpiry, now) + ", renewed before"
 }
 
 func writeNode(c *call, r nodeReport) {
@@ -274,6 +288,7 @@ func writeNode(c *call, r nodeReport) {
 		{"control", control},
 		{"policy", fmt.Sprintf("version %d", r.PolicyVersion)},
 		{"home relay", relay},
+		{"node key", ownKey(r, time.Now())},
 	})
 	if len(r.Peers) == 0 {
 		c.printf("\nno peers: the policy lets this node see nobody\n")
