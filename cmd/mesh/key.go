@@ -125,7 +125,8 @@ var keyRevoke = &command{
 	short: "make a key useless; nodes that enrolled with it stay",
 	long: `
 ID is the number that mesh key list shows. A relay that uses the key is cut off. Nodes
-that enrolled with it stay, since who holds a key and who is a node are two things;
+that enrolled with it stay, since who holds a key and who is a node are two things, until
+their own keys expire, which they cannot put off any more;
 --nodes removes them all as mesh node remove does, for a key that fell into wrong hands.
 ` + waitHelp,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {
