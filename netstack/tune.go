@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -56,6 +57,13 @@ const (
 	tunnelOverhead = 48
 )
 
+// source takes random numbers from the runtime's, which has no state for each
+// stack and cannot be foreseen.
+type source struct{}
+
+func (source) Int63() int64 { return rand.Int64() }
+func (source) Seed(int64)   {}
+
 // newGVisor builds a stack without addresses: no forwarding, no router
 // discovery, no duplicate address detection, no multicast reports.
 func newGVisor() (*stack.Stack, error) {
@@ -67,6 +75,10 @@ func newGVisor() (*stack.Stack, error) {
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocolCUBIC, udp.NewProtocol},
 		HandleLocal:        true,
+		RandSource:         source{},
+		// Tables that nobody has filled let everything through; the usual ones
+		// do the same, in kilobytes.
+		IPTables: new(stack.IPTables),
 	})
 	sack := tcpip.TCPSACKEnabled(true)
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)

@@ -93,6 +93,8 @@ var goals = map[string]goal{
 	"idle node: sockets":                           {absolute: 4, atMost: true},
 	"idle, per node of 10: RSS KB":                 {absolute: 300, atMost: true},
 	"idle, per node of 10: goroutines":             {absolute: 10, atMost: true},
+	"500 nodes that see 10: RSS KB each":           {absolute: 300, atMost: true},
+	"500 nodes that see 10: goroutines each":       {absolute: 10, atMost: true},
 	"10 nodes, nine 64 MiB transfers: peak RSS MB": {absolute: 150, atMost: true},
 	"join with 10000 peers: heap MB":               {absolute: 25, atMost: true},
 	"short connections failed, per 1,000":          {absolute: 0, atMost: true},

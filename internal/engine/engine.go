@@ -97,9 +97,10 @@ type Engine struct {
 	rules    *filter.Rules // as compiled last, nil if none are in force
 	evicted  uint64        // flows that the filter had to forget, at the last Apply
 
-	rejections [64]*rate.Limiter // bound the rejections sent to peers; see mayTell
-	seed       maphash.Seed      // which limit a peer has
-	scratch    sync.Pool         // *[][]byte for batches
+	// rejections bound the rejections sent to peers, nil = none yet; see mayTell.
+	rejections [64]atomic.Pointer[rate.Limiter]
+	seed       maphash.Seed // which limit a peer has
+	scratch    sync.Pool    // *[][]byte for batches
 	counts     counters
 	closing    sync.Once
 	closeErr   error // of the one Close; read after closing
@@ -116,9 +117,6 @@ func New(c Config) (*Engine, error) {
 		log:    c.Logger,
 		filter: filter.New(filter.Config{}),
 		seed:   maphash.MakeSeed(),
-	}
-	for i := range e.rejections {
-		e.rejections[i] = rate.NewLimiter(1000, 200)
 	}
 	e.scratch.New = func() any { s := make([][]byte, 0, 64); return &s }
 	e.current.Store(new(netmap.Map))

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"sync/atomic"
 
+	"golang.org/x/time/rate"
+
 	"mesh/identity"
 	"mesh/internal/filter"
 	"mesh/internal/tunnel"
@@ -212,7 +214,13 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 // mayTell bounds the rejections, for each peer so that one that asks for many
 // takes none away from others: but for the few that share its limit by chance.
 func (e *Engine) mayTell(peer identity.NodePublic) bool {
-	return e.rejections[maphash.Comparable(e.seed, peer)%uint64(len(e.rejections))].Allow()
+	limit := &e.rejections[maphash.Comparable(e.seed, peer)%uint64(len(e.rejections))]
+	l := limit.Load()
+	if l == nil {
+		limit.CompareAndSwap(nil, rate.NewLimiter(1000, 200))
+		l = limit.Load()
+	}
+	return l.Allow()
 }
 
 func contains(list []netip.Prefix, a netip.Addr) bool {
