@@ -245,6 +245,7 @@ func (s *Session) run(ctx context.Context) error {
 	defer cancel(nil)
 
 	inForce := s.cfg.InForce
+	var resume mapSession
 	var wait backoff.Backoff
 	contact := time.Now() // when the control server was last there
 	for {
@@ -254,11 +255,18 @@ func (s *Session) run(ctx context.Context) error {
 		s.setPoll(endPoll)
 		err := s.c.Stream(poll, func() wire.MapRequest {
 			r, _ := s.request()
+			r.MapSessionHandle, r.MapSessionSeq = resume.handle, resume.seq
 			s.setOnline(true)
 			return r
 		}, func(r *wire.MapResponse) error {
 			s.askFlows(r.MeshReportFlows)
-			next, d, err := netmap.Apply(cur, r)
+			prev := cur
+			resumed := cur == nil && resume.handle != "" && r.MapSessionHandle == resume.handle
+			if resumed {
+				prev = inForce
+			}
+			next, d, err := netmap.Apply(prev, r)
+			resume.follow(r, cur == nil, err)
 			if err != nil || next == cur {
 				return err
 			}
@@ -266,9 +274,11 @@ func (s *Session) run(ctx context.Context) error {
 				return fmt.Errorf("control server sent the map of another node, %s", next.Self().Key.Short())
 			}
 			if cur == nil {
-				ignored := d.Ignored
-				d = netmap.Rebase(inForce, next)
-				d.Ignored = ignored
+				if !resumed {
+					ignored := d.Ignored
+					d = netmap.Rebase(inForce, next)
+					d.Ignored = ignored
+				}
 				upSince = time.Now()
 				s.state(nil)
 			}
@@ -311,6 +321,27 @@ func (s *Session) run(ctx context.Context) error {
 		if wait.Wait(ctx, RetryAfter(err), s.nudge, nil) != nil {
 			return context.Cause(ctx)
 		}
+	}
+}
+
+// mapSession is how far a map stream was followed: what the next one may go on
+// from. A server that does not know it any more sends a complete map.
+type mapSession struct {
+	handle string // "" = there is nothing to go on from
+	seq    int64
+}
+
+// follow notes a message that was applied, the first of a stream or a later one.
+// One that cannot be followed is not asked for again.
+func (m *mapSession) follow(r *wire.MapResponse, first bool, err error) {
+	if first {
+		m.handle = r.MapSessionHandle
+	}
+	if r.Seq != 0 {
+		m.seq = r.Seq
+	}
+	if err != nil {
+		*m = mapSession{}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -201,21 +202,30 @@ type response struct {
 // sendMap writes one message of a map stream.
 func (f *framer) sendMap(m *response) error {
 	return f.message(func() error {
+		seq := m.Seq
+		m.Seq = 0 // which nobody else has
 		rest, err := json.Marshal(&m.MapResponse)
 		if err != nil {
 			return err
+		}
+		rest = rest[:len(rest)-1]
+		if seq != 0 {
+			f.own = strconv.AppendInt(append(f.own, `{"Seq":`...), seq, 10)
+			if rest[0] = ','; len(rest) == 1 {
+				rest = rest[:0]
+			}
 		}
 		if len(rest) < worthPacking {
 			// Most changes are the same for all who hear of them.
 			all := buffers.Get().(*[]byte)
 			defer buffers.Put(all)
-			*all = append((*all)[:0], rest[:len(rest)-1]...)
+			*all = append((*all)[:0], rest...)
 			if m.small(all) {
 				f.part(*all)
 				return nil
 			}
 		}
-		f.own = append(f.own, rest[:len(rest)-1]...)
+		f.own = append(f.own, rest...)
 		m.list(f)
 		return nil
 	})

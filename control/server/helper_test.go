@@ -316,7 +316,18 @@ type netmap struct {
 	seen   map[wire.NodeID]bool // every node that any message named
 }
 
+// poll opens a map stream and reads its first message.
 func (m *machine) poll(change func(*wire.MapRequest)) *netmap {
+	m.t.Helper()
+	n := m.open(change)
+	if err := n.read(); err != nil {
+		m.t.Fatal(err)
+	}
+	return n
+}
+
+// open opens a map stream.
+func (m *machine) open(change func(*wire.MapRequest)) *netmap {
 	m.t.Helper()
 	req := m.mapRequest()
 	req.Stream = true
@@ -347,9 +358,6 @@ func (m *machine) poll(change func(*wire.MapRequest)) *netmap {
 		resp.Body.Close()
 	}
 	m.t.Cleanup(n.cancel)
-	if err := n.read(); err != nil {
-		m.t.Fatal(err)
-	}
 	return n
 }
 

@@ -26,6 +26,7 @@ type node struct {
 
 	online    presence
 	stream    *stream   // open map poll, nil = none
+	parked    *stream   // the last poll, if it can be resumed
 	offlineAt time.Time // when to call it offline, while stream is nil; zero = it is
 	idleSince time.Time // end of the last poll, or start of the server
 	swaps     bucket    // limits how often another connection takes the poll over

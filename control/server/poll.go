@@ -178,11 +178,11 @@ func (s *Server) fetch(w http.ResponseWriter, c *client, req *wire.MapRequest) {
 	st := newStream(n.ID, c)
 	fresh := s.first(st)
 	s.mu.Unlock()
-	m, err := s.firstMessage(st, fresh)
+	m, err := s.firstMessages(st, fresh, false)
 	if err == nil {
 		f := s.newFramer(w, req.Compress, c)
 		defer f.close()
-		err = f.sendMap(m)
+		err = f.sendMap(m[0])
 	}
 	if err != nil {
 		s.log.Debug("map answer was not delivered", zap.Error(err))
@@ -194,7 +194,7 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 	if s.pace.turn(r.Context()) != nil {
 		return
 	}
-	st, fresh, err := s.attach(c, req)
+	st, fresh, resumed, err := s.attach(c, req)
 	s.pace.done()
 	if err != nil {
 		if errors.Is(err, errSwaps) {
@@ -208,10 +208,11 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 	defer s.detach(st)
 	f := s.newFramer(w, req.Compress, c)
 	defer f.close()
-	m, err := s.firstMessage(st, fresh)
-	if err == nil {
-		err = f.sendMap(m)
+	first, err := s.firstMessages(st, fresh, resumed)
+	for i := 0; err == nil && i < len(first); i++ {
+		err = f.sendMap(first[i])
 	}
+	first, fresh = nil, news{}
 	for err == nil {
 		err = s.next(r.Context(), st, f)
 	}
@@ -286,18 +287,19 @@ func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
 	}
 }
 
-// attach makes a new stream the node's poll, in place of a former one.
-func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) {
+// attach makes a new stream the node's poll, in place of a former one, which it
+// may resume.
+func (s *Server) attach(c *client, req *wire.MapRequest) (st *stream, fresh news, resumed bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n, err := s.ownNode(c, req)
 	if err != nil {
-		return nil, news{}, err
+		return nil, news{}, false, err
 	}
 	now := s.cfg.Now()
 	replaced, err := s.claim(n, req.MeshInstance, false)
 	if err != nil {
-		return nil, news{}, err
+		return nil, news{}, false, err
 	}
 	if replaced {
 		s.noteCopy(n, c.source)
@@ -307,7 +309,7 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 		code := wire.ErrorCode("")
 		if old.client != c && (instance == "" || old.instance != instance) {
 			if !replaced && !n.swap(now) {
-				return nil, news{}, errSwaps
+				return nil, news{}, false, errSwaps
 			}
 			// Either the old connection is dead, and nobody hears this, or
 			// somebody runs a copy of the node's state.
@@ -315,8 +317,16 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 		}
 		old.end(code)
 	}
-	st := newStream(n.ID, c)
+	st = newStream(n.ID, c)
 	st.instance = instance
+	if former := n.stream; former != nil {
+		resumed = st.resume(former, false, req.MapSessionHandle, req.MapSessionSeq)
+	} else {
+		resumed = st.resume(n.parked, true, req.MapSessionHandle, req.MapSessionSeq)
+	}
+	if n.parked = nil; !resumed {
+		st.begin()
+	}
 	st.reports = req.MeshReports
 	if st.reports {
 		st.pending.version = s.owed(n.ID)
@@ -341,7 +351,7 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (*stream, news, error) 
 	if n.advertises() {
 		s.entitle(n) // it routes again
 	}
-	return st, s.first(st), nil
+	return st, s.first(st), resumed, nil
 }
 
 // swap takes a token for a change of connection.
@@ -370,6 +380,9 @@ func (s *Server) detach(st *stream) {
 	}
 	now := s.cfg.Now()
 	n.stream, n.Replica = nil, ""
+	if st.handle != "" {
+		n.parked = st
+	}
 	n.LastSeen, n.idleSince = now, now
 	n.offlineAt = now.Add(s.cfg.OfflineGrace)
 	s.unsaved[n.ID] = struct{}{}

@@ -178,6 +178,9 @@ func (s *Server) lookAtDue() time.Duration {
 		if !n.formerUntil.IsZero() && !n.formerUntil.After(now) {
 			s.dropFormer(n)
 		}
+		if !n.idleSince.Add(resumeFor).After(now) {
+			n.parked = nil
+		}
 		s.changed(n)
 		if !n.expired && expiredAt(n.Expires, now) {
 			expire = append(expire, n.ID) // which looks at the rest again

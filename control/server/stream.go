@@ -27,7 +27,10 @@ type stream struct {
 
 	pending pending // guarded by Server.mu
 
-	// Owned by the goroutine of the poll.
+	session // for the node to resume
+
+	// sent, routes, profiles and caps are written with Server.mu held; the rest
+	// belongs to the goroutine of the poll.
 	sent     map[wire.NodeID]*view          // peers as the node knows them
 	routes   map[wire.NodeID][]netip.Prefix // behind them, as the node knows
 	profiles map[wire.UserID]*wire.UserProfile
@@ -175,6 +178,7 @@ type news struct {
 	flows    *int
 	version  int64
 	spread   time.Duration
+	seq      int64 // of the last message of these news; 0 = the node does not resume
 	ended    bool
 	code     wire.ErrorCode
 }
@@ -193,6 +197,16 @@ func (s *Server) collect(st *stream) (n news) {
 		p = pending{self: true}
 	}
 	n.policy, n.version = s.policy.Version, p.version
+	var back undo
+	defer func() {
+		back.filter, back.profiles = p.filter, len(n.profiles) > 0
+		n.seq = st.tell(back)
+	}()
+	before := func(id wire.NodeID) {
+		if st.seq > 0 { // nobody takes the first message back
+			back.peers = append(back.peers, undoPeer{id, st.sent[id], st.routes[id]})
+		}
+	}
 	user := func(id wire.UserID) {
 		if p := s.profile(id); p != nil && st.profiles[id] != p {
 			n.profiles = append(n.profiles, *p)
@@ -226,12 +240,13 @@ func (s *Server) collect(st *stream) (n news) {
 			routes = s.policy.compiled.Routes(st.id, id)
 		}
 		same := slices.Equal(routes, st.routes[id])
-		switch {
-		case had == v && same:
+		if had == v && same {
 			return
-		case had != nil && same:
+		}
+		before(id)
+		if had != nil && same {
 			n.patched = append(n.patched, step{had, v, v.with(routes)})
-		default:
+		} else {
 			n.whole = append(n.whole, v.with(routes))
 		}
 		if st.sent[id] = v; len(routes) > 0 {
@@ -243,6 +258,7 @@ func (s *Server) collect(st *stream) (n news) {
 	}
 	gone := func(id wire.NodeID) {
 		if st.sent[id] != nil {
+			before(id)
 			delete(st.sent, id)
 			delete(st.routes, id)
 			n.removed = append(n.removed, id)
@@ -343,6 +359,9 @@ func (st *stream) messages(n news) (out []*response, err error) {
 		end.MeshCode = n.code
 		out = append(out, end)
 	}
+	if len(out) > 0 {
+		out[len(out)-1].Seq = n.seq
+	}
 	return out, nil
 }
 
@@ -372,8 +391,20 @@ func (s *Server) first(st *stream) news {
 	return s.collect(st)
 }
 
-// firstMessage encodes the news of first.
-func (s *Server) firstMessage(st *stream, n news) (*response, error) {
+// firstMessages encodes the news of first: one message with all, or, of a stream
+// that was resumed, what is new to the node.
+func (s *Server) firstMessages(st *stream, n news, resumed bool) ([]*response, error) {
+	now := s.cfg.Now().UTC()
+	if resumed {
+		out, err := st.messages(n)
+		if err == nil && len(out) == 0 {
+			err = errStreamOver // never: the node itself is always in it
+		}
+		if err == nil {
+			out[0].MapSessionHandle, out[0].ControlTime = st.handle, &now
+		}
+		return out, err
+	}
 	m := &response{full: true, whole: n.whole}
 	sortViews(m.whole)
 	var err error
@@ -385,7 +416,6 @@ func (s *Server) firstMessage(st *stream, n news) (*response, error) {
 	m.UserProfiles = n.profiles
 	m.Domain = s.cfg.Domain
 	m.DNSConfig = &wire.DNSConfig{Proxied: true, Domains: []string{s.cfg.Domain}}
-	now := s.cfg.Now().UTC()
 	m.ControlTime = &now
 	no := false
 	m.CollectServices = &no
@@ -393,5 +423,6 @@ func (s *Server) firstMessage(st *stream, n news) (*response, error) {
 	m.MeshPolicy = n.policy
 	m.MeshReportFlows = n.flows
 	m.MeshMapVersion = n.version
-	return m, nil
+	m.MapSessionHandle, m.Seq = st.handle, n.seq
+	return []*response{m}, nil
 }

@@ -24,14 +24,16 @@ import (
 
 // node is a simulated node: it registers, keeps a map stream and follows it.
 type node struct {
-	mesh    *Mesh
-	name    string
-	group   int
-	machine identity.MachinePrivate
-	key     identity.NodePrivate
-	truth   atomic.Pointer[truth]
-	id      atomic.Int64 // 0 = not known yet
-	view    view
+	mesh *Mesh
+	name string
+	// instance is what a process of our own is told apart by.
+	instance string
+	group    int
+	machine  identity.MachinePrivate
+	key      identity.NodePrivate
+	truth    atomic.Pointer[truth]
+	id       atomic.Int64 // 0 = not known yet
+	view     view
 
 	end  context.CancelFunc // of run; set by start
 	done chan struct{}      // closed when run is over
@@ -51,7 +53,7 @@ type truth struct {
 
 func (m *Mesh) newNode(name string, group int) *node {
 	n := &node{
-		mesh: m, name: name, group: group, machine: identity.NewMachine(), key: identity.NewNode(),
+		mesh: m, name: name, instance: strconv.FormatUint(rand.Uint64(), 36), group: group, machine: identity.NewMachine(), key: identity.NewNode(),
 		done: make(chan struct{}), up: make(chan struct{}), view: view{peers: make(map[wire.NodeID]*peer)},
 	}
 	n.truth.Store(&truth{disco: identity.NewDisco().Public(), endpoints: m.endpoints()})
@@ -167,7 +169,7 @@ func (n *node) post(ctx context.Context, path string, body any) (*http.Response,
 
 // register enrols the node with an auth key, or takes it out with none.
 func (n *node) register(ctx context.Context, authKey string) error {
-	req := wire.RegisterRequest{Version: wire.CapabilityVersion, NodeKey: n.key.Public(), Hostinfo: n.hostinfo()}
+	req := wire.RegisterRequest{Version: wire.CapabilityVersion, NodeKey: n.key.Public(), Hostinfo: n.hostinfo(), MeshInstance: n.instance}
 	if authKey != "" {
 		req.Auth = &wire.RegisterAuth{AuthKey: authKey}
 	} else {
@@ -232,7 +234,7 @@ func (n *node) request() wire.MapRequest {
 	t := n.truth.Load()
 	return wire.MapRequest{
 		Version: wire.CapabilityVersion, NodeKey: n.key.Public(), DiscoKey: t.disco, KeepAlive: true,
-		Hostinfo: n.hostinfo(), Endpoints: t.endpoints,
+		Hostinfo: n.hostinfo(), Endpoints: t.endpoints, MeshInstance: n.instance,
 	}
 }
 
