@@ -40,7 +40,9 @@ Without a policy (--policy, or mesh policy set) nobody may reach anybody.
 
 One TCP port serves control and relay: control as plain HTTP, in which the protocol
 is encrypted, and the relay as TLS with a certificate of its own. With --tls-cert and
---tls-key everything is TLS. STUN has a UDP port.
+--tls-key everything is TLS; the files are read again when they change. --acme gets
+and renews the certificate from an authority: port 443 of DOMAIN must lead to --listen;
+key and certificate stay in the data directory. STUN has a UDP port.
 
 /healthz (the process lives) and /readyz (the database takes writes) are answered on
 the port for nodes. --metrics opens another for these and for /metrics, in the text
@@ -60,6 +62,13 @@ network of yours. They hold no names, keys or addresses.
 		fs.IntVar(&cfg.RelayRate, "relay-rate", 0, "most `BYTES` a second that a node may relay (default no limit)")
 		fs.StringVar(&cfg.TLSCert, "tls-cert", "", "PEM `FILE` of the certificate")
 		fs.StringVar(&cfg.TLSKey, "tls-key", "", "PEM `FILE` of the certificate's key")
+		fs.Func("acme", "`DOMAIN` to get a certificate for; may be repeated", func(s string) error {
+			cfg.ACME.Domains = append(cfg.ACME.Domains, s)
+			return nil
+		})
+		fs.StringVar(&cfg.ACME.Directory, "acme-directory", "", "`URL` of the ACME directory of an authority of your choice")
+		fs.StringVar(&cfg.ACME.Email, "acme-email", "", "`ADDRESS` that the authority may write to (default none)")
+		fs.StringVar(&cfg.ACME.CA, "acme-ca", "", "PEM `FILE` to trust the directory by (default the system's)")
 		nodeExpiryFlag(fs, &cfg.NodeExpiry, "how `LONG` keys of users' nodes live: \"30d\" or \"never\" (default 90d)")
 		fs.StringVar(&cfg.Database, "database", "", "PostgreSQL `URL` (default a file in --data; $MESH_DATABASE)")
 		fs.StringVar(&cfg.Metrics, "metrics", "", "TCP `ADDR` for /metrics, /healthz and /readyz (default none)")
@@ -69,6 +78,10 @@ network of yours. They hold no names, keys or addresses.
 			switch {
 			case (cfg.TLSCert == "") != (cfg.TLSKey == ""):
 				return usageError{"--tls-cert and --tls-key need each other"}
+			case len(cfg.ACME.Domains) > 0 && (cfg.TLSCert != "" || cfg.ACME.Directory == ""):
+				return usageError{"--acme needs --acme-directory, and goes without --tls-cert"}
+			case len(cfg.ACME.Domains) == 0 && cfg.ACME.Directory+cfg.ACME.Email+cfg.ACME.CA != "":
+				return usageError{"--acme-directory, --acme-email and --acme-ca are for --acme"}
 			}
 			if cfg.Database == "" {
 				cfg.Database = os.Getenv("MESH_DATABASE")

@@ -73,7 +73,10 @@ type Config struct {
 	// TLSCert and TLSKey are PEM files. With them everything is TLS; without,
 	// control is plain HTTP (the protocol inside is encrypted) and the relay
 	// has a certificate of its own, which nodes pin.
+	// The files are read again when they change.
 	TLSCert, TLSKey string
+	// ACME gets certificates from an authority instead.
+	ACME ACME
 	// Metrics is the TCP address where /metrics, /healthz and /readyz are
 	// answered, in plain HTTP and to everybody who reaches it; "" = nowhere.
 	Metrics string
@@ -143,7 +146,10 @@ func Start(cfg Config) (_ *Host, err error) {
 	}
 	h.onClose(func() { ln.Close() })
 	h.addr = ln.Addr().String()
-	if h.url, err = publicURL(cfg.URL, ln.Addr(), cfg.TLSCert != ""); err != nil {
+	if len(cfg.ACME.Domains) > 0 && cfg.URL == "" {
+		cfg.URL = "https://" + cfg.ACME.Domains[0]
+	}
+	if h.url, err = publicURL(cfg.URL, ln.Addr(), cfg.allTLS()); err != nil {
 		return nil, err
 	}
 	var stun *stunServer
@@ -361,7 +367,7 @@ func readLimited(path string, limit int64) ([]byte, error) {
 // relay, from plain HTTP, which is for control.
 func (h *Host) serve(ln net.Listener, tlsConf *tls.Config) {
 	control := h.server.Handler()
-	if h.cfg.TLSCert != "" {
+	if h.cfg.allTLS() {
 		mux := http.NewServeMux()
 		mux.Handle("/", control)
 		if h.relay != nil {

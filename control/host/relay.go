@@ -76,15 +76,19 @@ func (s *stunServer) close() {
 // map. With NoRelay the region is nil.
 func (h *Host) makeRelay(stunPort int) (*tls.Config, *wire.DERPRegion, error) {
 	name, port := hostOf(h.url)
-	if h.cfg.NoRelay && h.cfg.TLSCert == "" {
-		return nil, nil, nil
-	}
-	id, err := relayIdentityIn(h.cfg.DataDir, name, h.cfg.TLSCert, h.cfg.TLSKey)
+	get, err := h.certificates()
 	if err != nil {
 		return nil, nil, err
 	}
 	if h.cfg.NoRelay {
-		return &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, Certificates: []tls.Certificate{id.cert}}, nil, nil
+		if get == nil {
+			return nil, nil, nil
+		}
+		return withChallenge(&tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: get}, get), nil, nil
+	}
+	id, err := relayIdentityIn(h.cfg.DataDir, name, get != nil)
+	if err != nil {
+		return nil, nil, err
 	}
 	h.relay = relay.New(relay.Config{
 		Key: id.key,
@@ -99,6 +103,9 @@ func (h *Host) makeRelay(stunPort int) (*tls.Config, *wire.DERPRegion, error) {
 	})
 	h.onClose(func() { h.relay.Close() })
 	region := newRegion(h.region, "mesh", "embedded relay", name, port, stunPort, id.pin)
+	if get != nil {
+		return withChallenge(relay.TLSConfigFunc(get, h.relay), get), region, nil
+	}
 	return relay.TLSConfig(id.cert, h.relay), region, nil
 }
 
@@ -164,8 +171,9 @@ type relayIdentity struct {
 }
 
 // relayIdentityIn reads a relay's key and certificate from dir, or makes them.
-// name is what clients dial: the self-signed certificate is made for it.
-func relayIdentityIn(dir, name, certFile, keyFile string) (relayIdentity, error) {
+// name is what clients dial: the self-signed certificate is made for it, unless
+// the relay has one of another's.
+func relayIdentityIn(dir, name string, other bool) (relayIdentity, error) {
 	var id relayIdentity
 	files, err := openFiles(dir)
 	if err != nil {
@@ -175,11 +183,7 @@ func relayIdentityIn(dir, name, certFile, keyFile string) (relayIdentity, error)
 	if id.key, err = nodeKeyIn(files, "relay.key"); err != nil {
 		return id, err
 	}
-	if certFile != "" {
-		id.cert, err = tls.LoadX509KeyPair(certFile, keyFile)
-		if err != nil {
-			return id, fmt.Errorf("certificate: %w", err)
-		}
+	if other {
 		return id, nil
 	}
 	// The name is part of the file name: another name needs another

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -149,9 +150,17 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 		}
 		name = addr.Addr().Unmap().String()
 	}
-	id, err := relayIdentityIn(cfg.DataDir, name, cfg.TLSCert, cfg.TLSKey)
+	id, err := relayIdentityIn(cfg.DataDir, name, cfg.TLSCert != "")
 	if err != nil {
 		return nil, err
+	}
+	get := func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &id.cert, nil }
+	if cfg.TLSCert != "" {
+		f, err := openFileCert(cfg.TLSCert, cfg.TLSKey, r.log)
+		if err != nil {
+			return nil, err
+		}
+		get = f.get
 	}
 	r.key = id.key.Public()
 	if r.files, err = openFiles(cfg.DataDir); err != nil {
@@ -178,7 +187,7 @@ func StartRelay(cfg RelayConfig) (_ *Relay, err error) {
 	r.relay = relay.New(relay.Config{Key: id.key, Admit: r.admit, Logger: r.log, BytesPerSecond: cfg.Rate})
 	r.loadMesh()
 	r.wg.Go(func() {
-		if err := r.relay.Serve(ln, relay.TLSConfig(id.cert, r.relay)); err != nil && r.ctx.Err() == nil {
+		if err := r.relay.Serve(ln, relay.TLSConfigFunc(get, r.relay)); err != nil && r.ctx.Err() == nil {
 			r.fail(fmt.Errorf("relay: %w", err))
 		}
 	})

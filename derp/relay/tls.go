@@ -26,11 +26,21 @@ import (
 // relay's meta certificate behind it, HTTP/1.1 only. Leaf-only and chained
 // certificates both work; a client that pins wants cert to be a single one.
 func TLSConfig(cert tls.Certificate, s *Server) *tls.Config {
+	return TLSConfigFunc(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &cert, nil }, s)
+}
+
+// TLSConfigFunc is TLSConfig with a certificate that get gives for each
+// handshake, and that may be another each time.
+func TLSConfigFunc(get func(*tls.ClientHelloInfo) (*tls.Certificate, error), s *Server) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		NextProtos: []string{"http/1.1"},
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			c := cert
+		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			cert, err := get(hello)
+			if err != nil {
+				return nil, err
+			}
+			c := *cert
 			c.Certificate = append(c.Certificate[:len(c.Certificate):len(c.Certificate)], s.MetaCert())
 			return &c, nil
 		},
