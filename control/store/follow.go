@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -222,7 +223,7 @@ type report struct {
 	Claim     bool        `json:"claim"`
 }
 
-// SaveReports implements Shared. All rows travel in one statement, since the
+// SaveReports implements Shared. Many rows travel in one statement, since the
 // writers of all replicas wait for it.
 func (s *Postgres) SaveReports(ctx context.Context, states map[wire.NodeID]NodeState, claims map[wire.NodeID]bool) error {
 	if len(states) == 0 {
@@ -237,6 +238,18 @@ func (s *Postgres) SaveReports(ctx context.Context, states map[wire.NodeID]NodeS
 		disco, _ := e.disco.([]byte)
 		rows = append(rows, report{id, disco, e.endpoints, e.home, e.hostinfo, e.cap, e.seen, flag(e.polled), e.instance, st.Replica, claims[id]})
 	}
+	for part := range slices.Chunk(rows, maxReports) {
+		if err := s.saveReports(ctx, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// maxReports bounds how long one statement of SaveReports takes.
+const maxReports = 1000
+
+func (s *Postgres) saveReports(ctx context.Context, rows []report) error {
 	text, err := json.Marshal(rows)
 	if err != nil {
 		return err
