@@ -301,7 +301,10 @@ func (s *Server) Close() error {
 		s.wg.Wait()
 		err = s.flush(context.Background())
 		if s.replica.store != nil {
-			err = errors.Join(err, s.replica.store.Leave(context.Background()))
+			// If that fails, its lease ends by itself.
+			if err := s.replica.store.Leave(context.Background()); err != nil {
+				s.log.Debug("other replicas could not be told", zap.Error(err))
+			}
 		}
 	})
 	return err
