@@ -52,6 +52,10 @@ type Mesh struct {
 
 	nodes []*node
 	extra int // nodes that were made beside these
+	gone  struct {
+		msgs  int // that nodes received which were removed since
+		bytes int64
+	}
 
 	peers   *interned[peer]
 	changes *interned[wire.PeerChange]

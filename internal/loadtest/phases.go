@@ -72,7 +72,7 @@ func (m *Mesh) received() (msgs int, bytes int64) {
 		bytes += n.view.bytes
 		n.view.mu.Unlock()
 	}
-	return msgs, bytes
+	return msgs + m.gone.msgs, bytes + m.gone.bytes
 }
 
 // parallel calls f for each node, so many at a time, and joins the errors.
@@ -174,10 +174,15 @@ func (m *Mesh) Endpoints(ctx context.Context, count int) Phase {
 			if err = errors.Join(err, werr); err != nil {
 				break
 			}
+			// A steady pace: what follows without a break is a burst.
+			wait(ctx, changeEvery-time.Since(w.began))
 		}
 		return each, err
 	})
 }
+
+// changeEvery is the pace of endpoint changes.
+const changeEvery = 250 * time.Millisecond
 
 // Newcomers has more nodes come, one after the other. Each is known to its peers
 // when they have it online, with its endpoints.
@@ -289,12 +294,19 @@ func (m *Mesh) Reconnect(ctx context.Context) Phase {
 			each = append(each, time.Since(began))
 			return err
 		})
+		// Some were called offline meanwhile.
+		err = errors.Join(err, m.settled(ctx))
 		// These we have cut ourselves.
 		if now := m.streamsLost.Load(); now-lost <= int64(len(m.nodes)) {
 			m.streamsLost.Store(lost)
 		}
 		return each, err
 	})
+}
+
+// settled waits until all know what they should.
+func (m *Mesh) settled(ctx context.Context) error {
+	return waitFor(ctx, func() (bool, error) { return m.Check() == nil, nil })
 }
 
 // Churn has ephemeral nodes come, rate a second, for a time. Each stays for
@@ -348,7 +360,7 @@ func (m *Mesh) Churn(ctx context.Context, rate int, during, stay time.Duration) 
 			list, err := m.cfg.Admin.Nodes(ctx)
 			return len(list) == len(m.nodes), err
 		})
-		err = errors.Join(err, waitFor(ctx, func() (bool, error) { return m.Check() == nil, nil }))
+		err = errors.Join(err, m.settled(ctx))
 		m.peers.forget()
 		m.changes.forget()
 		return each, err
@@ -374,6 +386,8 @@ func (m *Mesh) Revoke(ctx context.Context, count int) Phase {
 			select {
 			case <-n.done:
 				each = append(each, time.Since(w.began))
+				m.gone.msgs += n.view.news
+				m.gone.bytes += n.view.bytes
 			case <-ctx.Done():
 				return each, fmt.Errorf("%s was removed and goes on", n.name)
 			}

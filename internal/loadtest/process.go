@@ -35,7 +35,7 @@ func Serve(in io.Reader, out io.Writer) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	h, err := host.Start(host.Config{DataDir: dir, Listen: "127.0.0.1:0", STUN: "off", EphemeralTimeout: 5 * time.Second, OfflineGrace: 2 * time.Second})
+	h, err := host.Start(host.Config{DataDir: dir, Listen: "127.0.0.1:0", STUN: "off", EphemeralTimeout: 20 * time.Second})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,91 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// Many changes at a time, some of which fail: what is reported as done is there,
+// what failed left nothing, and fewer commits were needed than changes.
+func TestGroupCommit(t *testing.T) {
+	ctx := context.Background()
+	s, err := OpenSQLite(ctx, filepath.Join(t.TempDir(), "mesh.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	put := func(i int) func(context.Context, *sql.Tx) error {
+		return func(ctx context.Context, tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ($1, $2)`, fmt.Sprint("group", i), []byte{1}); err != nil {
+				return err
+			}
+			if i%3 == 0 {
+				return errors.New("no")
+			}
+			return nil
+		}
+	}
+	const count = 200
+	commits := 0
+	var wg sync.WaitGroup
+	first := make(chan struct{})
+	errs := make([]error, count)
+	for i := range count {
+		wg.Go(func() {
+			if i > 0 {
+				<-first // so that the rest waits behind it
+			}
+			errs[i] = s.group.do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+				if i == 0 {
+					close(first)
+				}
+				return put(i)(ctx, tx)
+			}, func(c []*change) error {
+				commits++
+				return s.commit(c)
+			})
+		})
+	}
+	wg.Wait()
+	for i, err := range errs {
+		var n int
+		if err := s.db.QueryRowContext(ctx, `SELECT count(*) FROM meta WHERE name = $1`, fmt.Sprint("group", i)).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		if failed := i%3 == 0; (err != nil) != failed || (n == 0) != failed {
+			t.Errorf("change %d: %v, and %d rows are there", i, err, n)
+		}
+	}
+	if commits >= count {
+		t.Errorf("%d commits for %d changes", commits, count)
+	}
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := s.group.do(ended, put(1000), s.commit); !errors.Is(err, context.Canceled) {
+		t.Errorf("a change that nobody wants any more: %v", err)
+	}
+}
+
+// A commit that fails is the failure of all whom it concerns.
+func TestGroupCommitFails(t *testing.T) {
+	var g group
+	lost := errors.New("lost")
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			err := g.do(context.Background(), nil, func([]*change) error { return lost })
+			if !errors.Is(err, lost) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if g.busy || len(g.waiting) > 0 {
+		t.Error("somebody still waits")
+	}
+}
