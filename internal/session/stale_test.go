@@ -7,6 +7,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+
+	"mesh/control"
 	"mesh/control/wire"
 	"mesh/identity"
 	"mesh/internal/netmap"
@@ -94,4 +97,45 @@ func TestWaitWhileStale(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	})
+}
+
+// Until an administrator approves the node it is of no use, and says so; so it is
+// when the approval is taken back.
+func TestNotApproved(t *testing.T) {
+	cfg := config(t)
+	cfg.RelayOnly = true
+	s := &Session{cfg: cfg, log: zap.NewNop(), up: make(chan struct{}), ended: make(chan struct{}), turned: make(chan struct{}), another: make(chan struct{})}
+	if err := s.startStack(); err != nil {
+		t.Fatal(err)
+	}
+	defer s.stack.Close()
+	s.disco = identity.NewDisco()
+	client, err := control.New(control.Config{URL: cfg.ControlURL, Machine: identity.NewMachine()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if err := s.startEngine(&enrolment{cfg: cfg, client: client, state: identity.State{Node: identity.NewNode()}}); err != nil {
+		t.Fatal(err)
+	}
+	defer s.closeEngine()
+	self := func(approved bool) *netmap.Map {
+		m, _, err := netmap.Apply(nil, &wire.MapResponse{Node: &wire.Node{ID: 1, Key: identity.NewNode().Public(), MachineAuthorized: approved}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	for range 2 {
+		if s.admit(self(false)) || s.Starting().Control != ErrNotApproved.Error() {
+			t.Errorf("not approved: %+v", s.Starting())
+		}
+	}
+	if !s.admit(self(true)) || s.isBarred() != nil {
+		t.Errorf("approved: %v", s.isBarred())
+	}
+	close(s.up)
+	if s.admit(self(false)) || s.Status().Running || s.Status().Control != ErrNotApproved.Error() {
+		t.Errorf("no longer approved: %+v", s.Status())
+	}
 }
