@@ -100,8 +100,6 @@ var goals = map[string]goal{
 	"short connections failed, per 1,000":          {absolute: 0, atMost: true},
 	"streams lost in 100 runs of 8":                {absolute: 0, atMost: true},
 
-	"500 nodes that see 10: RSS KB each":     {absolute: 300, atMost: true},
-	"500 nodes that see 10: goroutines each": {absolute: 10, atMost: true},
 
 	"Close with 2,000 closed or half-closed connections, ms":                   {absolute: 100, atMost: true},
 	"one node, nine 64 MiB transfers: peak RSS MB of who sends":                {absolute: 128, atMost: true},
