@@ -100,7 +100,6 @@ var goals = map[string]goal{
 	"short connections failed, per 1,000":          {absolute: 0, atMost: true},
 	"streams lost in 100 runs of 8":                {absolute: 0, atMost: true},
 
-
 	"Close with 2,000 closed or half-closed connections, ms":                   {absolute: 100, atMost: true},
 	"one node, nine 64 MiB transfers: peak RSS MB of who sends":                {absolute: 128, atMost: true},
 	"one node, nine 64 MiB transfers: peak RSS MB of who receives":             {absolute: 128, atMost: true},
