@@ -32,7 +32,9 @@ type HalvesArgs struct {
 // latter.
 func (a *agent) halves(ctx context.Context, h HalvesArgs) (any, error) {
 	n := a.node(h.Node)
-	open := func(port int, keep bool) error {
+	once := func(port int, keep bool) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
 		c, err := n.Dial(ctx, at2(h.Addr, port))
 		if err != nil {
 			return err
@@ -46,6 +48,15 @@ func (a *agent) halves(ctx context.Context, h HalvesArgs) (any, error) {
 			return nil // until the node ends
 		}
 		return c.Close()
+	}
+	// Another stack may hang in one dial of a hundred, which is measured elsewhere.
+	hung := 0
+	open := func(port int, keep bool) error {
+		err := once(port, keep)
+		for ; err != nil && hung < 60 && ctx.Err() == nil; hung++ {
+			err = once(port, keep)
+		}
+		return err
 	}
 	for i := range h.Half {
 		if err := open(HoldPort, true); err != nil {
