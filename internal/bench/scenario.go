@@ -20,7 +20,7 @@ var scenarios = []scenario{
 	{name: "two", run: two},
 	{name: "relay", run: relayed, not: "wg"},
 	{name: "join", run: join, not: "wg"},
-	{name: "short", run: short, most: 1}, // tsnet hangs for seconds in some
+	{name: "short", run: short, most: 1},   // tsnet hangs for seconds in some
 	{name: "close", run: closing, most: 1}, // as it does here
 	{name: "idle", run: idle},
 	{name: "fleet", run: fleet, ours: true, most: 1},
