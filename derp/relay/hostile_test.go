@@ -276,6 +276,39 @@ func TestClientRateLimit(t *testing.T) {
 }
 
 // A client of ours that is above the rate drops packets itself, and never waits.
+// Whoever sends above its rate is held back, and nobody with it: what others send
+// in the meantime arrives, all of it.
+func TestRateLimitSparesOthers(t *testing.T) {
+	const perSecond = 100 << 10
+	b := newBed(t, Config{Admit: admitAll, BytesPerSecond: perSecond})
+	x, y := b.dial(), b.dial()
+	flooder := b.rawLogin(identity.NewNode())
+	to := y.pub.Bytes()
+	began := time.Now()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for flooder.conn.WriteFrame(derp.FrameSendPacket, to[:], make([]byte, 8<<10)) == nil {
+		}
+	}()
+	until(t, "the flooder to be held back", func() bool { return b.srv.Stats().Paused > 0 })
+	for i := range 200 {
+		text := fmt.Sprint("number ", i)
+		x.send(y.pub, text)
+		for v := y.next(); v != (packet{x.pub, text}); v = y.next() {
+			if p, ok := v.(packet); !ok || p.from == x.pub {
+				t.Fatalf("got %+v, want %q", v, text)
+			}
+		}
+	}
+	st := b.srv.Stats()
+	if allowed := perSecond + int(time.Since(began).Seconds()*perSecond) + 2*derp.MaxFrame; int(st.BytesIn) > allowed {
+		t.Errorf("%d bytes passed, allowed %d", st.BytesIn, allowed)
+	}
+	flooder.nc.Close()
+	<-done
+}
+
 func TestClientKeepsRate(t *testing.T) {
 	b := newBed(t, Config{Admit: admitAll, BytesPerSecond: 100 << 10, BytesBurst: 1})
 	x, y := b.dial(), b.dial()
