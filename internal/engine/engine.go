@@ -15,7 +15,6 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
@@ -204,9 +203,6 @@ func (e *Engine) Close() error {
 	})
 	return e.closeErr
 }
-
-// Drain waits until what was sent has left, but not longer than atMost.
-func (e *Engine) Drain(atMost time.Duration) { e.tunnel.Drain(atMost) }
 
 // Map returns the snapshot in force. It is never nil and never changes.
 func (e *Engine) Map() *netmap.Map { return e.current.Load() }

@@ -144,9 +144,7 @@ func (s *Session) stillGood(ctx context.Context, e *enrolment, key identity.Node
 // the control server has accepted the node.
 func (s *Session) renew(e *enrolment, why error) error {
 	s.bar(why)
-	eng := s.engine.Load()
-	eng.CutAll(why)
-	eng.Drain(drainTimeout)
+	s.engine.Load().CutAll(why)
 	s.closeEngine()
 	s.applying.Lock()
 	s.maps = appliedMaps{}

@@ -30,9 +30,6 @@ const readyTimeout = 10 * time.Second
 // its first map before the start fails.
 const mapTimeout = 60 * time.Second
 
-// drainTimeout bounds how long the resets of a node that leaves may take.
-const drainTimeout = 200 * time.Millisecond
-
 // follow enrols the node and runs its data plane, with another key after each
 // that expires.
 func (s *Session) follow(e *enrolment) (err error) {
@@ -296,8 +293,6 @@ func (s *Session) stopDataPlane(e *enrolment, why *error) {
 	}
 	if eng := s.engine.Load(); eng != nil {
 		eng.CutAll(*why)
-		s.stack.Close()
-		eng.Drain(drainTimeout)
 	}
 	s.stack.Close()
 	s.closeEngine()

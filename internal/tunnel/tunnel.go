@@ -396,12 +396,8 @@ func (t *Tunnel) Block(prefixes []netip.Prefix) {
 // Drain waits until the packets that were sent to peers have left, but not
 // longer than atMost. It is for last words, such as the resets of connections,
 // before Update to the peers that go. Only what waits for a handshake has not
-// left when Send returns; with no keys it is not waited for, since nobody knows
-// whether it ever will.
+// left when Send returns.
 func (t *Tunnel) Drain(atMost time.Duration, keys ...identity.NodePublic) {
-	if len(keys) == 0 {
-		return
-	}
 	deadline := time.NewTimer(atMost)
 	defer deadline.Stop()
 	tick := time.NewTicker(time.Millisecond)
