@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -403,11 +404,20 @@ func (m *Mesh) Idle(ctx context.Context, during time.Duration) Phase {
 	})
 }
 
+// Quantile returns what a share q of the times in Each does not exceed, 0 if
+// there are none.
+func (p Phase) Quantile(q float64) time.Duration {
+	if len(p.Each) == 0 {
+		return 0
+	}
+	each := slices.Sorted(slices.Values(p.Each))
+	return each[min(int(q*float64(len(each))), len(each)-1)]
+}
+
 // String is a line about a phase.
 func (p Phase) String() string {
-	each := append([]time.Duration(nil), p.Each...)
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) }
-	s := fmt.Sprintf("%-28s %7.2f s  p50 %s p99 %s max %s", p.Name, p.Took.Seconds(), ms(quantile(each, 0.5)), ms(quantile(each, 0.99)), ms(quantile(each, 1)))
+	s := fmt.Sprintf("%-28s %7.2f s  p50 %s p99 %s max %s", p.Name, p.Took.Seconds(), ms(p.Quantile(0.5)), ms(p.Quantile(0.99)), ms(p.Quantile(1)))
 	s += fmt.Sprintf("  cpu %.2f s (%s each)  rss %d MB peak %d MB", p.CPU.Seconds(), ms(p.CPU/time.Duration(max(p.Count, 1))), p.Usage.RSS>>20, p.Usage.Peak>>20)
 	s += fmt.Sprintf("  %d msgs %.1f MB", p.Msgs, float64(p.Bytes)/1e6)
 	if p.Lost > 0 || p.Busy > 0 {

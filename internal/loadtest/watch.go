@@ -69,12 +69,3 @@ func (w *watch) wait(ctx context.Context) ([]time.Duration, error) {
 	defer w.mu.Unlock()
 	return slices.Clone(w.took), err
 }
-
-// quantile returns what a share q of the durations does not exceed.
-func quantile(d []time.Duration, q float64) time.Duration {
-	if len(d) == 0 {
-		return 0
-	}
-	slices.Sort(d)
-	return d[min(int(q*float64(len(d))), len(d)-1)]
-}

@@ -70,6 +70,7 @@ func run() error {
 		"revoke":    func(ctx context.Context) loadtest.Phase { return m.Revoke(ctx, max(*changes/5, 1)) },
 	}
 	failed := false
+	measured := make(map[string]loadtest.Phase)
 	for name := range strings.SplitSeq(*phases, ",") {
 		f := table[name]
 		if f == nil {
@@ -91,7 +92,11 @@ func run() error {
 			return err
 		}
 		fmt.Printf("%s  heap %d MB, %d goroutines\n", p, heap>>20, goroutines)
+		measured[name] = p
 		failed = failed || p.Err != nil
+	}
+	if goals := goalsOf(*nodes, *group); goals != nil {
+		printGoals(os.Stdout, goals, measured)
 	}
 	if failed {
 		return fmt.Errorf("something is wrong")
