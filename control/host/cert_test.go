@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -166,9 +167,10 @@ func (a *authority) serve(w http.ResponseWriter, r *http.Request) {
 		answer(200, map[string]string{"newNonce": a.URL + "/nonce", "newAccount": a.URL + "/account", "newOrder": a.URL + "/order/new", "revokeCert": a.URL + "/x", "keyChange": a.URL + "/x"})
 	case "/nonce":
 	case "/account":
-		if x, err := base64.RawURLEncoding.DecodeString(head.JWK.X); err == nil && len(x) > 0 {
-			y, _ := base64.RawURLEncoding.DecodeString(head.JWK.Y)
-			a.jwk = &ecdsa.PublicKey{Curve: elliptic.P256(), X: new(big.Int).SetBytes(x), Y: new(big.Int).SetBytes(y)}
+		x, _ := base64.RawURLEncoding.DecodeString(head.JWK.X)
+		y, _ := base64.RawURLEncoding.DecodeString(head.JWK.Y)
+		if key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, x, y)); err == nil {
+			a.jwk = key
 		}
 		w.Header().Set("Location", a.URL+"/account/1")
 		answer(201, map[string]string{"status": "valid"})

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"encoding/json"
 	"io"
 	"io/fs"
@@ -134,7 +135,9 @@ func TestPprof(t *testing.T) {
 	if fi, err := os.Stat(path); err != nil || runtime.GOOS != "windows" && fi.Mode().Perm() != 0o600 {
 		t.Fatalf("socket: %v, %v", fi, err)
 	}
-	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, Dial: func(_, _ string) (net.Conn, error) { return net.Dial("unix", path) }}}
+	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}}}
 	if status, text := fetch(t, c, "http://pprof/debug/pprof/goroutine?debug=1"); status != 200 || !regexp.MustCompile(`goroutine profile: total \d+`).MatchString(text) {
 		t.Errorf("goroutines: %d %q", status, text)
 	}

@@ -33,7 +33,7 @@ func TestKeyIsReplacedBeforeItEnds(t *testing.T) {
 		na, nb := a.poll(nil), b.poll(nil)
 		id, first, old := na.self.ID, na.self.KeyExpiry, a.key.Public()
 		renew := *na.self.MeshRenew
-		if life := renew.Sub(time.Now()); life > 20*24*time.Hour || life < 17*24*time.Hour {
+		if life := time.Until(renew); life > 20*24*time.Hour || life < 17*24*time.Hour {
 			t.Errorf("to be renewed after %v of 30 days", life)
 		}
 		time.Sleep(time.Until(renew))
