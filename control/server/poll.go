@@ -321,7 +321,7 @@ func (s *Server) attach(c *client, req *wire.MapRequest) (st *stream, fresh news
 	st.instance = instance
 	if former := n.stream; former != nil {
 		resumed = st.resume(former, false, req.MapSessionHandle, req.MapSessionSeq)
-	} else {
+	} else if n.parkedUntil().After(now) {
 		resumed = st.resume(n.parked, true, req.MapSessionHandle, req.MapSessionSeq)
 	}
 	if n.parked = nil; !resumed {

@@ -79,6 +79,9 @@ func (s *Server) scheduleNode(n *node) {
 	consider(n.offlineAt)
 	consider(n.formerUntil)
 	consider(s.removalAt(n))
+	if n.parked != nil {
+		consider(n.parkedUntil())
+	}
 	if !n.expired {
 		consider(n.Expires)
 	}
@@ -178,7 +181,7 @@ func (s *Server) lookAtDue() time.Duration {
 		if !n.formerUntil.IsZero() && !n.formerUntil.After(now) {
 			s.dropFormer(n)
 		}
-		if !n.idleSince.Add(resumeFor).After(now) {
+		if !n.parkedUntil().After(now) {
 			n.parked = nil
 		}
 		s.changed(n)

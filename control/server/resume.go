@@ -49,6 +49,10 @@ type undoPeer struct {
 	routes []netip.Prefix
 }
 
+// parkedUntil is how long the last poll of a node that has none can be resumed.
+// Server.mu is held.
+func (n *node) parkedUntil() time.Time { return n.idleSince.Add(resumeFor) }
+
 // tell notes the next message. Server.mu is held.
 func (se *session) tell(u undo) int64 {
 	if se.handle == "" {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"mesh/control/store"
 	"mesh/control/wire"
@@ -203,6 +204,34 @@ func TestResumeRefused(t *testing.T) {
 	n := x.poll(nil)
 	if n.last.MapSessionHandle != "" || n.last.Seq != 0 {
 		t.Errorf("a node that does not resume is sent handle %q, seq %d", n.last.MapSessionHandle, n.last.Seq)
+	}
+}
+
+// What a node that does not come back knew is forgotten.
+func TestResumeEnds(t *testing.T) {
+	w := newWorld(t, nil)
+	allow(w)
+	x := w.machine().join(w.key(store.Key{}))
+	n := x.poll(resumable("", 0))
+	n.cancel()
+	parked := func() (*node, bool) {
+		w.s.mu.Lock()
+		defer w.s.mu.Unlock()
+		me := w.s.nodes.byKey[x.key.Public()]
+		return me, me.parked != nil
+	}
+	me, ok := parked()
+	for ; !ok && t.Context().Err() == nil; me, ok = parked() {
+		<-time.After(time.Millisecond)
+	}
+	w.s.mu.Lock()
+	me.online, me.offlineAt = presenceOffline, time.Time{} // for long
+	me.idleSince = time.Now().Add(-resumeFor)
+	w.s.scheduleNode(me)
+	w.s.mu.Unlock()
+	w.s.lookAtDue()
+	if _, ok := parked(); ok {
+		t.Error("it can still be resumed")
 	}
 }
 
