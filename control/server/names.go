@@ -35,8 +35,13 @@ func (t *nameTable) id(name string) (id wire.NodeID, taken bool) {
 
 func (t *nameTable) put(name string, id wire.NodeID) { t.ids[name] = id }
 
-// drop forgets a name, which a node had because of its host name.
-func (t *nameTable) drop(name, hostname string) {
+// drop forgets that a node has a name, which it had because of its host name. If
+// another has the name by now, it stays that one's: where several names changed
+// elsewhere, this one may have been taken over before it was given up.
+func (t *nameTable) drop(name, hostname string, id wire.NodeID) {
+	if have, ok := t.ids[name]; !ok || have != id {
+		return
+	}
 	delete(t.ids, name)
 	s := t.clash[hostname]
 	if s == nil {

@@ -14,10 +14,11 @@ func TestFreeNames(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	bases := []string{"agent", "b-1", "a-2-3", "x"}
 	host := make(map[string]string) // of each taken name
+	ids := make(map[string]wire.NodeID)
 	for id := wire.NodeID(1); id < 5000; id++ {
 		if len(host) > 0 && rnd.IntN(100) < 48 {
 			for name, base := range host {
-				table.drop(name, base)
+				table.drop(name, base, ids[name])
 				delete(host, name)
 				break
 			}
@@ -37,14 +38,32 @@ func TestFreeNames(t *testing.T) {
 		}
 		if rnd.IntN(10) > 0 { // or it is not taken after all
 			table.put(got, id)
-			host[got] = base
+			host[got], ids[got] = base, id
 		}
 	}
 	for name, base := range host {
-		table.drop(name, base)
+		table.drop(name, base, ids[name])
 	}
 	if len(table.ids) != 0 {
 		t.Errorf("%d names are left", len(table.ids))
+	}
+}
+
+// Of two nodes whose names changed elsewhere the second may be heard of first.
+func TestNameTakenOver(t *testing.T) {
+	var table nameTable
+	table.init()
+	table.put("web", 1)
+	table.put("web-1", 2)
+	table.drop("web-1", "web", 2)
+	table.put("web", 2)
+	table.drop("web", "web", 1)
+	table.put("old", 1)
+	if id, taken := table.id("web"); !taken || id != 2 {
+		t.Errorf("the name is node %d's, %v", id, taken)
+	}
+	if name := table.free("web", 0); name == "web" {
+		t.Error("the name is given out twice")
 	}
 }
 

@@ -154,7 +154,7 @@ func (r *registry) reserve(n *store.Node) {
 func (r *registry) release(n *store.Node, stored bool) {
 	delete(r.enrolling, n.Machine)
 	if !stored {
-		r.names.drop(n.Name, n.Hostname)
+		r.names.drop(n.Name, n.Hostname, 0)
 		r.pool.free(n.IPv4)
 	}
 }
@@ -163,7 +163,7 @@ func (r *registry) remove(n *node) {
 	delete(r.byID, n.ID)
 	delete(r.byKey, n.Key)
 	delete(r.formers, n.former)
-	r.names.drop(n.Name, n.Hostname)
+	r.names.drop(n.Name, n.Hostname, n.ID)
 	if rest := slices.DeleteFunc(r.byMachine[n.Machine], func(o *node) bool { return o == n }); len(rest) > 0 {
 		r.byMachine[n.Machine] = rest
 	} else {
@@ -206,7 +206,7 @@ func (r *registry) rekey(n *node, key identity.NodePublic) {
 }
 
 func (r *registry) rename(n *node, hostname, name string) {
-	r.names.drop(n.Name, n.Hostname)
+	r.names.drop(n.Name, n.Hostname, n.ID)
 	n.Hostname, n.Name = hostname, name
 	r.names.put(name, n.ID)
 }
