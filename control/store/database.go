@@ -41,6 +41,7 @@ func (s *database) Writable(ctx context.Context) error {
 type dialect struct {
 	lastNode string                               // query of the highest node ID ever given out
 	begin    func(context.Context, *sql.Tx) error // makes a transaction the only writer; nil = it is
+	ended    func(error)                          // hears of each commit; nil = nobody
 	classify func(error) error                    // adds the error of this package that one of the database stands for
 	limit    time.Duration                        // of one operation; 0 = none
 }

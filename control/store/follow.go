@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -114,6 +115,25 @@ func (s *Postgres) Leave(ctx context.Context) error {
 	})
 }
 
+// doubt is whether a commit of ours may have happened that was not confirmed,
+// and that nobody here knows of then. The zero doubt is none.
+type doubt struct{ state atomic.Int32 }
+
+const (
+	certain int32 = iota
+	doubted       // a commit was not confirmed
+	settled       // but a later one was: it waited until that was over
+)
+
+// committed learns what became of a commit.
+func (d *doubt) committed(err error) {
+	if err != nil {
+		d.state.Store(doubted)
+	} else {
+		d.state.CompareAndSwap(doubted, settled)
+	}
+}
+
 // Position implements Shared.
 func (s *Postgres) Position(ctx context.Context) (p Position, err error) {
 	err = s.read(ctx, "read the log of changes", func(ctx context.Context) error {
@@ -124,9 +144,11 @@ func (s *Postgres) Position(ctx context.Context) (p Position, err error) {
 }
 
 // Changes implements Shared. One statement is one look at the database: what was
-// decided and what was reported fit each other.
+// decided and what was reported fit each other. While a commit of this replica is
+// in doubt, its own decisions are among the changes.
 func (s *Postgres) Changes(ctx context.Context, after Position) (Changes, error) {
 	c := Changes{Next: after, Nodes: make(map[wire.NodeID]bool), What: make(map[string]bool)}
+	doubt := s.doubt.state.Load()
 	err := s.read(ctx, "read the log of changes", func(ctx context.Context) error {
 		rows, err := s.db.QueryContext(ctx, `SELECT pruned, 'pruned', 0, '' FROM mesh_version WHERE pruned > $1
 			UNION ALL SELECT seq, what, id, replica FROM changes WHERE seq > $1
@@ -152,7 +174,7 @@ func (s *Postgres) Changes(ctx context.Context, after Position) (Changes, error)
 				c.Next.Log = max(c.Next.Log, seq)
 			}
 			switch {
-			case by == s.replica:
+			case by == s.replica && (doubt == certain || what == "reports"):
 			case what == "reports", what == "nodes":
 				c.Nodes[wire.NodeID(id)] = c.Nodes[wire.NodeID(id)] || what == "reports"
 			default:
@@ -161,6 +183,9 @@ func (s *Postgres) Changes(ctx context.Context, after Position) (Changes, error)
 		}
 		return rows.Err()
 	})
+	if err == nil && doubt == settled {
+		s.doubt.state.CompareAndSwap(settled, certain)
+	}
 	return c, err
 }
 
@@ -269,7 +294,8 @@ func (s *Postgres) saveReports(ctx context.Context, rows []report) error {
 	})
 }
 
-// PutLogin implements Shared.
+// PutLogin implements Shared. What was decided stays: who tells of a new key of a
+// machine that still waits may not have heard of it yet.
 func (s *Postgres) PutLogin(ctx context.Context, l Login) error {
 	text, err := encode(l)
 	if err != nil {
@@ -277,7 +303,8 @@ func (s *Postgres) PutLogin(ctx context.Context, l Login) error {
 	}
 	return s.tx(ctx, "store login", func(ctx context.Context, tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO logins (code, about, expires) VALUES ($1,$2,$3)
-			ON CONFLICT (code) DO UPDATE SET about = excluded.about, expires = excluded.expires`, l.Code, text, stamp(l.Expires))
+			ON CONFLICT (code) DO UPDATE SET about = excluded.about, expires = excluded.expires
+			WHERE (logins.about::jsonb ->> 'State')::int = 0`, l.Code, text, stamp(l.Expires))
 		return err
 	})
 }

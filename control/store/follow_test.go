@@ -73,6 +73,20 @@ func TestChangesOfOthers(t *testing.T) {
 	if c := next(); len(c.What) > 0 {
 		t.Errorf("its own change came back: %+v", c)
 	}
+	// A commit was not confirmed: what became of it is looked up, until a later
+	// one was.
+	b.doubt.committed(errors.New("lost"))
+	if c := next(); len(c.What) > 0 {
+		t.Errorf("nothing happened: %+v", c)
+	}
+	must[User](t)(b.CreateUser(ctx, "admin", "carol", start))
+	if c := next(); !c.What["users"] {
+		t.Errorf("its own change in doubt: %+v", c)
+	}
+	must[User](t)(b.CreateUser(ctx, "admin", "dave", start))
+	if c := next(); len(c.What) > 0 {
+		t.Errorf("its own change without doubt: %+v", c)
+	}
 	// A log that was cut off before what it has seen.
 	if _, err := a.db.Exec(`UPDATE mesh_version SET pruned = 1000000`); err != nil {
 		t.Fatal(err)
@@ -82,6 +96,20 @@ func TestChangesOfOthers(t *testing.T) {
 	}
 	if c := next(); c.Lost {
 		t.Errorf("once more: %+v", c)
+	}
+}
+
+// What was decided of a login is not undone by who had not heard of it.
+func TestLoginStaysDecided(t *testing.T) {
+	r := replicas(t, 2)
+	l := Login{Code: "x", Expires: start.Add(time.Hour)}
+	decided := l
+	decided.State, decided.Node = 1, 7
+	if err := errors.Join(r[0].PutLogin(ctx, l), r[1].PutLogin(ctx, decided), r[0].PutLogin(ctx, l)); err != nil {
+		t.Fatal(err)
+	}
+	if got := must[[]Login](t)(r[0].Logins(ctx, start)); len(got) != 1 || got[0].State != 1 || got[0].Node != 7 {
+		t.Errorf("got %+v", got)
 	}
 }
 

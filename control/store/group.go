@@ -90,7 +90,7 @@ func (s *database) commit(changes []*change) error {
 		if err := changes[0].run(tx); err != nil {
 			return err
 		}
-		return tx.Commit()
+		return s.end(tx)
 	}
 	for _, c := range changes {
 		if _, err := tx.ExecContext(ctx, `SAVEPOINT one`); err != nil {
@@ -98,14 +98,25 @@ func (s *database) commit(changes []*change) error {
 		}
 		if c.err = c.run(tx); c.err != nil {
 			if _, err := tx.ExecContext(ctx, `ROLLBACK TO SAVEPOINT one`); err != nil {
-				return fmt.Errorf("%w, after: %w", err, c.err)
+				// Why that one failed is no reason that others may take for theirs.
+				return fmt.Errorf("%w, after: %v", err, c.err)
 			}
 		}
 		if _, err := tx.ExecContext(ctx, `RELEASE SAVEPOINT one`); err != nil {
 			return err
 		}
 	}
-	return tx.Commit()
+	return s.end(tx)
+}
+
+// end commits. An error does not say that nothing was committed: the answer may
+// have been lost.
+func (s *database) end(tx *sql.Tx) error {
+	err := tx.Commit()
+	if s.dialect.ended != nil {
+		s.dialect.ended(err)
+	}
+	return err
 }
 
 func (c *change) run(tx *sql.Tx) error {

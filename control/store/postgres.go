@@ -29,6 +29,7 @@ type Postgres struct {
 	conf     *pgx.ConnConfig
 	migrated bool   // set before others use the store
 	replica  string // set by Join, before others use the store
+	doubt    doubt
 
 	tidyMu sync.Mutex // guards tidied
 	tidied time.Time
@@ -76,6 +77,7 @@ func OpenPostgres(ctx context.Context, url string) (_ *Postgres, err error) {
 	s.dialect = dialect{
 		lastNode: `SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM nodes_id_seq`,
 		begin:    s.onlyWriter,
+		ended:    s.doubt.committed,
 		classify: classifyPostgres,
 		limit:    postgresPatience,
 	}

@@ -27,7 +27,8 @@ type Shared interface {
 	// Position is where the log of changes ends.
 	Position(ctx context.Context) (Position, error)
 	// Changes returns what other replicas changed after a position, as a set,
-	// and the position it leads to.
+	// and the position it leads to. After a write of this one that failed in a
+	// way that leaves open whether it was done, also what this one changed.
 	Changes(ctx context.Context, after Position) (Changes, error)
 	// Listen calls wake whenever something was written by anybody, until the
 	// connection breaks or ctx ends. A call may be missing: who must not miss
@@ -41,6 +42,7 @@ type Shared interface {
 	SaveReports(ctx context.Context, states map[wire.NodeID]NodeState, claims map[wire.NodeID]bool) error
 
 	// PutLogin stores a machine that asks to be let in, by its code.
+	// One that was decided stays as it is.
 	PutLogin(ctx context.Context, l Login) error
 	RemoveLogin(ctx context.Context, code string) error
 	// Logins returns those that are not over.
