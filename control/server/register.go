@@ -417,7 +417,9 @@ func (s *Server) rekey(n *node, key identity.NodePublic, c *client, keep bool) {
 		s.member(old, false)
 		s.nodes.rekey(n, key)
 	}
-	s.member(key, true)
+	if !n.expired {
+		s.member(key, true)
+	}
 	if n.stream != nil && n.stream.client != c {
 		// Opened with the key that has just died. No reason is given: it is
 		// the node's own doing, and it polls again with the other key.

@@ -269,7 +269,7 @@ func (s *Server) openRelay(ctx context.Context, key store.Key, nodeKey identity.
 	s.lockOps()
 	defer s.opMu.Unlock()
 	now := s.cfg.Now()
-	relay := store.Relay{NodeKey: nodeKey, Region: region, Key: key.ID, Created: now}
+	relay := store.Relay{NodeKey: nodeKey, Region: region, Key: key.ID, Created: now.UTC().Round(0)} // as the store gives it back
 	s.mu.Lock()
 	same, err := s.relays.place(relay)
 	if err == nil {

@@ -184,7 +184,10 @@ func (s *Server) meet(others map[string]store.ReplicaInfo) {
 		}
 		for _, key := range o.Relays {
 			if k := s.relays.known[key]; k != nil && k.stream == nil {
-				relays = relays || k.gone
+				if k.gone {
+					relays = true
+					defer s.relays.remesh(k.Region.RegionID) // with it again
+				}
 				k.gone, k.until = false, now.Add(s.cfg.RelayLease)
 			}
 		}
