@@ -13,8 +13,8 @@ import (
 const waitHelp = `
 With --wait the command returns when every connected node that could see what is
 withdrawn has that in force, and says how long the slowest took. It fails, and names
-them, if some have not said so in time. Nodes of other makers do not say: they are
-counted.`
+them, if some have not said so in time. Nodes of other makers do not say, and those
+connected to another replica of the server not to this one: they are counted.`
 
 // waitFlags binds --wait and --wait-for, and returns how long to wait, 0 = not at
 // all.

@@ -78,7 +78,7 @@ type Applied struct {
 	Slowest     time.Duration `json:"slowest"` // from the order to the word of the last of these
 	SlowestNode string        `json:"slowestNode,omitempty"`
 	Missing     []string      `json:"missing,omitempty"` // of Peers, that have not said so: names, some at most
-	Mute        int           `json:"mute"`              // nodes that do not say: those of other makers
+	Mute        int           `json:"mute"`              // nodes that do not say here: those of other makers, or at other replicas
 }
 
 // NodeRemoved is the answer to DELETE /v1/nodes/NAME.

@@ -49,7 +49,10 @@ func (s *Server) withdraw(ids []wire.NodeID, wait bool, do func() error) (*recei
 		for _, v := range s.policy.compiled.Visible(id) {
 			n := s.nodes.byID[v]
 			switch {
-			case n == nil || n.stream == nil || slices.Contains(ids, v):
+			case n == nil || slices.Contains(ids, v):
+			case s.away(n):
+				mute[v] = struct{}{} // it tells another replica
+			case n.stream == nil:
 			case n.stream.reports:
 				r.open[v] = n.Name
 			default:
