@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"sync"
 )
@@ -49,21 +50,33 @@ func (g *group) do(ctx context.Context, f func(context.Context, *sql.Tx) error, 
 	g.waiting = append([]*change(nil), g.waiting[n:]...)
 	g.mu.Unlock()
 
-	err := commit(lead)
-	for _, x := range lead {
-		if x.err == nil {
-			x.err = err
-		}
-		if x.over = true; x != c {
-			close(x.turn)
-		}
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.busy = len(g.waiting) > 0; g.busy {
-		close(g.waiting[0].turn)
-	}
+	g.run(lead, c, commit)
 	return c.err
+}
+
+// errAborted is what the changes of a transaction get when one of them panics.
+var errAborted = errors.New("another change of the same transaction panicked")
+
+// run commits changes, own among them, tells the others how that went, and gives
+// the turn to those that wait: also if it panics.
+func (g *group) run(lead []*change, own *change, commit func([]*change) error) {
+	err := errAborted
+	defer func() {
+		for _, x := range lead {
+			if x.err == nil {
+				x.err = err
+			}
+			if x.over = true; x != own {
+				close(x.turn)
+			}
+		}
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.busy = len(g.waiting) > 0; g.busy {
+			close(g.waiting[0].turn)
+		}
+	}()
+	err = commit(lead)
 }
 
 // commit runs changes in one transaction. What it returns concerns all of them;

@@ -89,3 +89,28 @@ func TestGroupCommitFails(t *testing.T) {
 		t.Error("somebody still waits")
 	}
 }
+
+// A change that panics takes its transaction with it and holds up nobody.
+func TestGroupCommitPanics(t *testing.T) {
+	ctx := t.Context()
+	s, err := OpenSQLite(ctx, filepath.Join(t.TempDir(), "mesh.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the panic was swallowed")
+			}
+		}()
+		s.group.do(ctx, func(context.Context, *sql.Tx) error { panic("a bug") }, s.commit)
+	}()
+	err = s.group.do(ctx, func(ctx context.Context, tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO meta (name, value) VALUES ($1, $2)`, "after", []byte{1})
+		return err
+	}, s.commit)
+	if err != nil {
+		t.Error(err)
+	}
+}
