@@ -98,6 +98,9 @@ func (c *Conn) Read(b []byte) (int, error) {
 		c.dst = nil
 		switch terr.(type) {
 		case nil:
+			if res.Count < len(b) {
+				c.in.empty()
+			}
 			c.widen(res.Count)
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:

@@ -24,7 +24,7 @@ const (
 )
 
 // tally counts the small packets that came in for a connection or socket since
-// its reader last found nothing left to read.
+// its reader last left nothing to read, but for datagrams that it has read since.
 type tally struct {
 	ops     *tcpip.SocketOptions
 	waiting atomic.Int64
@@ -40,8 +40,15 @@ func (c *tally) full() bool {
 	return now-last < int64(trickle) || !c.last.CompareAndSwap(last, now)
 }
 
-// empty is called when the reader finds nothing.
+// empty is called when the reader finds nothing, or has left nothing.
 func (c *tally) empty() { c.waiting.Store(0) }
+
+// taken is called when a datagram of a size was read.
+func (c *tally) taken(size int) {
+	if size+header.IPv6MinimumSize+header.UDPMinimumSize < smallPacket {
+		c.waiting.Add(-1)
+	}
+}
 
 // tallies finds the tally of a packet.
 type tallies struct {
@@ -159,7 +166,13 @@ const (
 	pieceCost = 256
 )
 
+// add takes note of n bytes that were written. An attempt that found no room is no
+// piece; nor may the buffer grow before its writer waits for room: gVisor wakes
+// writers when half of the buffer gets free, and half of the larger one is.
 func (p *pieces) add(ops *tcpip.SocketOptions, n int) {
+	if n == 0 {
+		return
+	}
 	p.count++
 	p.bytes += n
 	if p.count < fewPieces {

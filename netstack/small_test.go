@@ -116,6 +116,70 @@ func TestBufferFollowsPieces(t *testing.T) {
 	}
 }
 
+// TestBufferGrowsWithRoom has the buffer of a writer grow while he waits for room:
+// he must not wait for ever.
+func TestBufferGrowsWithRoom(t *testing.T) {
+	a, b, _ := newPair(t, Config{})
+	ca, cb := connect(t, a, b, b4)
+	ca.ep.SocketOptions().SetSendBufferSize(minBuffer, false)
+	for { // until nothing fits
+		ca.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		if _, err := ca.Write(make([]byte, 4096)); err != nil {
+			break
+		}
+	}
+	select {
+	case <-ca.writable:
+	default:
+	}
+	ca.SetWriteDeadline(time.Now().Add(20 * time.Second))
+	ca.out = pieces{count: fewPieces - 1, bytes: fewPieces * 4096, normal: maxBuffer}
+	result := make(chan error, 1)
+	go func() {
+		_, err := ca.Write(make([]byte, 4096))
+		result <- err
+	}()
+	runtime.Gosched()
+	go io.Copy(io.Discard, cb)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWhatIsReadMakesRoom reads small packets as they come, and never more than
+// there are: none may be dropped.
+func TestWhatIsReadMakesRoom(t *testing.T) {
+	a, b, _ := newPair(t, Config{})
+	in, err := b.ListenUDP("udp", netip.AddrPort{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := a.DialUDP(netip.Addr{}, netip.AddrPortFrom(b4, in.local.Port()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.SetReadDeadline(time.Now().Add(20 * time.Second))
+	buf := make([]byte, 64)
+	for i := range 3 * udpBuffer / smallCost {
+		if _, err := out.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := in.ReadFromUDPAddrPort(buf); err != nil {
+			t.Fatalf("datagram %d: %v", i, err)
+		}
+	}
+	ca, cb := connect(t, a, b, b4)
+	if _, err := ca.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cb.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	if n := cb.in.waiting.Load(); n != 0 {
+		t.Errorf("%d segments wait when all is read", n)
+	}
+}
+
 // TestEmptyDatagramsAreBounded sends datagrams that say nothing to who does not
 // read: they fill no buffer, and still take memory.
 func TestEmptyDatagramsAreBounded(t *testing.T) {

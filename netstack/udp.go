@@ -82,6 +82,7 @@ func (u *udpSocket) read(b []byte) (int, netip.AddrPort, error) {
 		u.dst = nil
 		switch terr.(type) {
 		case nil:
+			u.in.taken(res.Total)
 			return res.Count, fromFull(res.RemoteAddr), nil
 		case *tcpip.ErrBadBuffer: // an empty b
 			return 0, fromFull(res.RemoteAddr), nil
