@@ -17,8 +17,16 @@ func (t *Tunnel) Renew(peer identity.NodePublic) {
 	if p == nil || t.isClosing() {
 		return
 	}
-	// The last handshake, however recent, was with the process before.
+	// The last handshake, however recent, was with the process before; one that
+	// is under way as well, and so it is tried anew at once.
 	p.mu.Lock()
+	if p.begun != nil {
+		now := time.Now()
+		p.since, p.attempts, p.retry = now, 0, now
+		p.mu.Unlock()
+		t.wake(p, now)
+		return
+	}
 	p.since = time.Time{}
 	p.mu.Unlock()
 	select {

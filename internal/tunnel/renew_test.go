@@ -3,6 +3,7 @@ package tunnel
 import (
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"mesh/identity"
 )
@@ -33,5 +34,25 @@ func TestRenew(t *testing.T) {
 		}
 		a.say(t, b, "y")
 		b.wantGot(t, a, "y")
+	})
+}
+
+// A handshake that is under way when the peer is known to have been started again is
+// tried anew at once, and what waits for it is not lost.
+func TestRenewUnderWay(t *testing.T) {
+	bubble(t, func(t *testing.T, nw *network) {
+		tp := nw.tap()
+		a, b := pair(t, nw)
+		b.forget(a)
+		a.say(t, b, "x")
+		synctest.Wait()
+		b.knows(a)
+		time.Sleep(firstRetries[0] / 2)
+		a.t.Renew(b.key)
+		synctest.Wait()
+		if n := len(tp.of("a>b", typeInitiation)); n != 2 {
+			t.Errorf("%d initiations, want the first and one more", n)
+		}
+		b.wantGot(t, a, "x")
 	})
 }
