@@ -150,13 +150,17 @@ func (r *relay) moveLocked(l *liveRelay, fail func()) {
 // while. It reports false, and closes the new one, if the other has ended
 // meanwhile: whoever noticed connects again.
 func (r *relay) replace(l, next *liveRelay, linger time.Duration) bool {
-	l.linger = time.AfterFunc(linger, func() { l.conn.Close() })
+	timer := time.AfterFunc(linger, func() { l.conn.Close() })
 	r.mu.Lock()
 	home := r.home
-	moved := r.live.CompareAndSwap(l, next)
+	moved := r.live.Load() == l
+	if moved { // else it has the timer of who left it before
+		l.linger = timer
+		moved = r.live.CompareAndSwap(l, next)
+	}
 	r.mu.Unlock()
 	if !moved {
-		l.linger.Stop()
+		timer.Stop()
 		next.conn.Close()
 		return false
 	}
