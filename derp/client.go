@@ -514,6 +514,22 @@ func (c *Client) Err() error {
 	return c.err
 }
 
+// Flush waits until nothing that was sent is queued any more, or the connection or
+// ctx ends. It is for last words before Close.
+func (c *Client) Flush(ctx context.Context) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for c.conn.pending() {
+		select {
+		case <-tick.C:
+		case <-c.done:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // Close ends the connection at once and waits for the writer. A pending Recv
 // returns. Queued packets are lost.
 func (c *Client) Close() error {

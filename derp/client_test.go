@@ -157,6 +157,33 @@ func TestClientSends(t *testing.T) {
 	}
 }
 
+// Flush returns when what was sent is with the relay, or the caller does not want to
+// wait any longer.
+func TestClientFlushes(t *testing.T) {
+	c, r := connect(t, ClientConfig{}, ServerInfo{})
+	c.Flush(t.Context()) // nothing
+	if err := c.Send(identity.NewNode().Public(), []byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	c.Flush(over)
+	flushed := make(chan struct{})
+	go func() { defer close(flushed); c.Flush(t.Context()) }()
+	select {
+	case <-flushed:
+		t.Error("flushed before anybody read it")
+	default:
+	}
+	if f, err := r.conn.ReadFrame(); err != nil || f.Type != FrameSendPacket {
+		t.Fatal(f.Type, err)
+	}
+	<-flushed
+	c.Send(identity.NewNode().Public(), []byte("two"))
+	c.Close()
+	c.Flush(t.Context())
+}
+
 func TestClientPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, r := connect(t, ClientConfig{}, ServerInfo{})

@@ -306,6 +306,13 @@ func (c *Conn) WritePending() (err error) {
 	return err
 }
 
+// pending reports whether something is queued or being written.
+func (c *Conn) pending() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.idle && !c.closed
+}
+
 // writeOut sends a batch and frees it.
 func (c *Conn) writeOut(batch []*chunk) error {
 	err := c.write(batch)

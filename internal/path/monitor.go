@@ -22,7 +22,7 @@ const (
 
 // watch is what the loop knows of watching the host's network.
 type watch struct {
-	told  bool          // the system tells of changes; not changed once the loop runs
+	told  bool          // the system tells of changes; not changed once sockets are open
 	noted atomic.Uint32 // what it told since the last look: notedAddresses, notedRoute
 
 	// Of the loop alone.

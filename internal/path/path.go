@@ -236,12 +236,6 @@ func New(cfg Config) (*Path, error) {
 		p.dial = cfg.dialRelay
 	}
 	p.socks.Store(&sockets{})
-	if !cfg.RelayOnly {
-		if err := p.openUDP(cfg.Port); err != nil {
-			p.cancel()
-			return nil, err
-		}
-	}
 	p.watch.pollAt = p.now() + pollIdle
 	if watches {
 		var err error
@@ -249,6 +243,15 @@ func New(cfg Config) (*Path, error) {
 			p.log.Debug("no events of network changes", zap.Error(err))
 		}
 		p.watch.told = err == nil
+	}
+	if !cfg.RelayOnly {
+		if err := p.openUDP(cfg.Port); err != nil {
+			p.cancel()
+			if p.unwatch != nil {
+				p.unwatch()
+			}
+			return nil, err
+		}
 	}
 	p.wg.Go(p.loop)
 	return p, nil
@@ -391,8 +394,9 @@ func (p *Path) Ready(ctx context.Context) error {
 }
 
 // Close ends everything and waits for all goroutines, calls of Receive and
-// Report included: it must not be called from them.
+// Report included: it must not be called from them. What was sent still leaves.
 func (p *Path) Close() error {
+	p.relays.flush()
 	p.bindMu.Lock()
 	p.closed = true
 	p.cancel()

@@ -37,6 +37,9 @@ const (
 	// for so long: peers may not know yet.
 	avoidFor  = 60 * time.Second
 	lingerFor = 10 * time.Second
+	// lastWords bounds how long Close waits for relays to take what was sent: the
+	// resets of a node that leaves.
+	lastWords = 200 * time.Millisecond
 )
 
 // relayConn is a connection to a relay; *derp.Client in production.
@@ -48,6 +51,8 @@ type relayConn interface {
 	Ping(ctx context.Context) (time.Duration, error)
 	LocalAddr() net.Addr
 	Recv() (derp.Message, error)
+	// Flush waits until what Send took has left.
+	Flush(ctx context.Context)
 	Close() error
 }
 
@@ -113,7 +118,7 @@ type relay struct {
 type liveRelay struct {
 	conn   relayConn
 	node   *wire.DERPNode // nil in a region without any
-	linger *time.Timer    // closes it after it was left for another; set before that
+	linger *time.Timer    // closes it after it was left for another; set before that, under relay.mu
 	keys   int32          // relaySet.keys when it was dialled
 	ended  atomic.Bool    // nobody reads it any more
 }
@@ -164,6 +169,23 @@ func (s *relaySet) close() {
 	}
 	s.mu.Unlock()
 	s.wg.Wait()
+}
+
+// flush waits until what was sent has left, but not for long.
+func (s *relaySet) flush() {
+	ctx, cancel := context.WithTimeout(s.ctx, lastWords)
+	defer cancel()
+	s.mu.RLock()
+	var live []*liveRelay
+	for _, r := range s.regions {
+		if l := r.live.Load(); l != nil {
+			live = append(live, l)
+		}
+	}
+	s.mu.RUnlock()
+	for _, l := range live {
+		l.conn.Flush(ctx)
+	}
 }
 
 // has reports whether the map knows the region.

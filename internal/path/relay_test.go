@@ -274,3 +274,19 @@ func (s *sockets) each2() (all []*socket) {
 	s.each(func(s *socket) { all = append(all, s) })
 	return all
 }
+
+// TestCloseSendsWhatWasSent: what a relay has not taken yet when the node leaves are
+// the resets of its connections.
+func TestCloseSendsWhatWasSent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, a, _ := pair(t)
+		a.Close()
+		a.Close()
+		r := n.relays[1]
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.flushes != 1 {
+			t.Errorf("flushed %d times before the connection was closed, want once", r.flushes)
+		}
+	})
+}
