@@ -219,6 +219,13 @@ func TestStockExpires(t *testing.T) {
 			if now.ID != before.ID || !slices.Equal(now.TailscaleIPs, before.TailscaleIPs) || now.PublicKey == before.PublicKey {
 				t.Errorf("it came back as %+v, was %+v", now, before)
 			}
+			// A stock client takes no handshake of a peer that it does not talk to
+			// itself until ten seconds after it last heard of it: here, before its
+			// key expired.
+			until(t, "the stock node to answer again", func() bool {
+				_, err := ours.fetch("http://"+port(laptop, false, 80)+"/whois", 0)
+				return err == nil
+			})
 			talk(t, ours, laptop, false)
 			talk(t, laptop, ours, true)
 		})
