@@ -113,8 +113,10 @@ func newBudget(st *stack.Stack, l Limits) (*budget, error) {
 func (b *budget) setSend(conns int) {
 	b.sendFor = conns
 	share := b.memory / int64(4*conns)
+	// The most stays as it is: gVisor would cap the buffers that there are by a
+	// smaller one, and then never wakes a writer who waits for room in his.
 	option := tcpip.TCPSendBufferSizeRangeOption{
-		Min: minBuffer, Default: int(min(defaultBuffer, max(sureSend, share))), Max: int(min(maxBuffer, max(sureSend, 2*share))),
+		Min: minBuffer, Default: int(min(defaultBuffer, max(sureSend, share))), Max: maxBuffer,
 	}
 	b.st.SetTransportProtocolOption(tcp.ProtocolNumber, &option) // fails only if these are not in order
 }
