@@ -108,8 +108,8 @@ func newBudget(st *stack.Stack, l Limits) (*budget, error) {
 	return b, nil
 }
 
-// setSend bounds the send buffers from now on: with more connections each may
-// have less. The caller holds mu.
+// setSend sets what send buffers begin with from now on: with more connections
+// each has less. The caller holds mu.
 func (b *budget) setSend(conns int) {
 	b.sendFor = conns
 	share := b.memory / int64(4*conns)
