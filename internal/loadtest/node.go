@@ -30,10 +30,12 @@ type node struct {
 	instance string
 	group    int
 	machine  identity.MachinePrivate
-	key      identity.NodePrivate
-	truth    atomic.Pointer[truth]
-	id       atomic.Int64 // 0 = not known yet
-	view     view
+	// key is what others know it by; nobody needs the private half. It is made
+	// once: views are compared with it a million times.
+	key   identity.NodePublic
+	truth atomic.Pointer[truth]
+	id    atomic.Int64 // 0 = not known yet
+	view  view
 
 	end  context.CancelFunc // of run; set by start
 	done chan struct{}      // closed when run is over
@@ -53,7 +55,7 @@ type truth struct {
 
 func (m *Mesh) newNode(name string, group int) *node {
 	n := &node{
-		mesh: m, name: name, instance: strconv.FormatUint(rand.Uint64(), 36), group: group, machine: identity.NewMachine(), key: identity.NewNode(),
+		mesh: m, name: name, instance: strconv.FormatUint(rand.Uint64(), 36), group: group, machine: identity.NewMachine(), key: identity.NewNode().Public(),
 		done: make(chan struct{}), up: make(chan struct{}), view: view{peers: make(map[wire.NodeID]*peer)},
 	}
 	n.truth.Store(&truth{disco: identity.NewDisco().Public(), endpoints: m.endpoints()})
@@ -169,7 +171,7 @@ func (n *node) post(ctx context.Context, path string, body any) (*http.Response,
 
 // register enrols the node with an auth key, or takes it out with none.
 func (n *node) register(ctx context.Context, authKey string) error {
-	req := wire.RegisterRequest{Version: wire.CapabilityVersion, NodeKey: n.key.Public(), Hostinfo: n.hostinfo(), MeshInstance: n.instance}
+	req := wire.RegisterRequest{Version: wire.CapabilityVersion, NodeKey: n.key, Hostinfo: n.hostinfo(), MeshInstance: n.instance}
 	if authKey != "" {
 		req.Auth = &wire.RegisterAuth{AuthKey: authKey}
 	} else {
@@ -233,7 +235,7 @@ func (n *node) hostinfo() *wire.Hostinfo {
 func (n *node) request() wire.MapRequest {
 	t := n.truth.Load()
 	return wire.MapRequest{
-		Version: wire.CapabilityVersion, NodeKey: n.key.Public(), DiscoKey: t.disco, KeepAlive: true,
+		Version: wire.CapabilityVersion, NodeKey: n.key, DiscoKey: t.disco, KeepAlive: true,
 		Hostinfo: n.hostinfo(), Endpoints: t.endpoints, MeshInstance: n.instance,
 	}
 }

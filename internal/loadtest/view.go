@@ -261,7 +261,7 @@ func (v *view) apply(msg message, first bool, size int, saw func(was, is *peer))
 // is reports whether p is what n says of itself.
 func (p *peer) is(n *node) bool {
 	t := n.truth.Load()
-	return p.key == n.key.Public() && p.disco == t.disco && p.online && slices.Equal(p.endpoints, t.endpoints)
+	return p.key == n.key && p.disco == t.disco && p.online && slices.Equal(p.endpoints, t.endpoints)
 }
 
 // id returns the number of the node whose view it is.

@@ -33,7 +33,7 @@ func (m *Mesh) watch(target *node, viewers []*node, want func(*peer) bool) *watc
 	if len(w.left) == 0 {
 		close(w.done)
 	}
-	m.watches.Store(target.key.Public(), w)
+	m.watches.Store(target.key, w)
 	return w
 }
 
@@ -64,7 +64,7 @@ func (w *watch) wait(ctx context.Context) ([]time.Duration, error) {
 		err = fmt.Errorf("%d of %d nodes do not see %s as it is", len(w.left), len(w.left)+len(w.took), w.target.name)
 		w.mu.Unlock()
 	}
-	w.mesh.watches.CompareAndDelete(w.target.key.Public(), w)
+	w.mesh.watches.CompareAndDelete(w.target.key, w)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.took), err

@@ -6,10 +6,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"runtime/pprof"
 	"strings"
 	"time"
 
@@ -40,7 +43,7 @@ func run() error {
 	idle := flag.Duration("idle", 20*time.Second, "how `LONG` to be idle")
 	limit := flag.Duration("limit", 30*time.Minute, "most `TIME` that all may take")
 	resume := flag.Bool("resume", true, "nodes resume their map sessions")
-	profile := flag.String("profile", "", "`DIR` for a CPU profile of the server in each phase")
+	profile := flag.String("profile", "", "`DIR` for CPU profiles of server and load program in each phase")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -76,16 +79,15 @@ func run() error {
 		if f == nil {
 			return fmt.Errorf("no phase %q", name)
 		}
+		stop := func() error { return nil }
 		if *profile != "" {
-			if err := server.Profile(fmt.Sprintf("%s/%s.prof", *profile, name)); err != nil {
+			if stop, err = profiles(server, filepath.Join(*profile, name)); err != nil {
 				return err
 			}
 		}
 		p := f(ctx)
-		if *profile != "" {
-			if err := server.Profile(""); err != nil {
-				return err
-			}
+		if err := stop(); err != nil {
+			return err
 		}
 		heap, goroutines, err := server.Heap()
 		if err != nil {
@@ -102,4 +104,21 @@ func run() error {
 		return fmt.Errorf("something is wrong")
 	}
 	return nil
+}
+
+// profiles writes CPU profiles of the server and of this program until stop is
+// called.
+func profiles(server *loadtest.Process, name string) (stop func() error, err error) {
+	own, err := os.Create(name + ".load.prof")
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(server.Profile(name+".prof"), pprof.StartCPUProfile(own)); err != nil {
+		own.Close()
+		return nil, err
+	}
+	return func() error {
+		pprof.StopCPUProfile()
+		return errors.Join(own.Close(), server.Profile(""))
+	}, nil
 }
