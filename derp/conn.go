@@ -157,16 +157,7 @@ func (c *Conn) WriteFrame(t FrameType, payload ...[]byte) error {
 // EnqueueControl queues a frame of the protocol's own business. It reports
 // whether something was dropped for it.
 func (c *Conn) EnqueueControl(t FrameType, payload []byte) (full bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return false
-	}
-	q := &c.queues[Control]
-	before := q.dropped
-	q.push(t, nil, payload)
-	c.wakeLocked()
-	return q.dropped != before
+	return c.enqueue(Control, t, nil, nil, payload)
 }
 
 // EnqueuePackets queues frames of type t (SendPacket or RecvPacket), each of
@@ -175,24 +166,19 @@ func (c *Conn) EnqueueControl(t FrameType, payload []byte) (full bool) {
 // whether something was dropped.
 func (c *Conn) EnqueuePackets(p Priority, t FrameType, key identity.NodePublic, packets ...[]byte) (full bool) {
 	raw := key.Bytes()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return false
-	}
-	q := &c.queues[p]
-	before := q.dropped
-	for _, b := range packets {
-		q.push(t, &raw, b)
-	}
-	c.wakeLocked()
-	return q.dropped != before
+	return c.enqueue(p, t, &raw, nil, packets...)
 }
 
 // EnqueueForward queues ForwardPacket frames as EnqueuePackets does: each of
 // the sender's and the receiver's key and one packet.
 func (c *Conn) EnqueueForward(p Priority, src, dst identity.NodePublic, packets ...[]byte) (full bool) {
 	from, to := src.Bytes(), dst.Bytes()
+	return c.enqueue(p, FrameForwardPacket, &from, &to, packets...)
+}
+
+// enqueue queues frames of type t, each of the keys that there are and one
+// payload.
+func (c *Conn) enqueue(p Priority, t FrameType, key, second *[identity.KeyLen]byte, payloads ...[]byte) (full bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -200,8 +186,8 @@ func (c *Conn) EnqueueForward(p Priority, src, dst identity.NodePublic, packets 
 	}
 	q := &c.queues[p]
 	before := q.dropped
-	for _, b := range packets {
-		q.pushTo(FrameForwardPacket, &from, &to, b)
+	for _, b := range payloads {
+		q.pushTo(t, key, second, b)
 	}
 	c.wakeLocked()
 	return q.dropped != before
