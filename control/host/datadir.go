@@ -30,6 +30,18 @@ func makeDataDir(dir string) error {
 	return nil
 }
 
+// maxSocketPath is what the shortest systems allow for a unix socket.
+const maxSocketPath = 103
+
+// socketPath returns where the data directory has a unix socket of that name.
+func socketPath(dir, name string) (string, error) {
+	path := filepath.Join(dir, name)
+	if len(path) > maxSocketPath {
+		return "", fmt.Errorf("data directory %s: its path is too long for a unix socket in it", dir)
+	}
+	return path, nil
+}
+
 // serveAdmin opens the unix socket for administrators; its permissions are the
 // authentication.
 func (h *Host) serveAdmin() error {

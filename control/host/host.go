@@ -46,8 +46,6 @@ const (
 	// replicaRegion and a replica's number make the region of its embedded
 	// relay; the first replica has the one that a server alone has.
 	replicaRegion = 64900
-	// maxSocketPath is what the shortest systems allow for a unix socket.
-	maxSocketPath = 103
 )
 
 // Config says what Start starts. The zero value, with DataDir set, is usable.
@@ -131,9 +129,8 @@ func Start(cfg Config) (_ *Host, err error) {
 	if err := makeDataDir(cfg.DataDir); err != nil {
 		return nil, err
 	}
-	h.socket = filepath.Join(cfg.DataDir, SocketName)
-	if len(h.socket) > maxSocketPath {
-		return nil, fmt.Errorf("data directory %s: its path is too long for a unix socket in it", cfg.DataDir)
+	if h.socket, err = socketPath(cfg.DataDir, SocketName); err != nil {
+		return nil, err
 	}
 	if err := h.openStore(); err != nil {
 		return nil, err

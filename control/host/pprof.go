@@ -6,7 +6,6 @@ import (
 	"log"
 	"net/http"
 	"os"
-	"path/filepath"
 	"runtime/pprof"
 	"runtime/trace"
 	"strconv"
@@ -29,9 +28,9 @@ func (h *Host) servePprof() error {
 	if !h.cfg.Pprof {
 		return nil
 	}
-	path := filepath.Join(h.cfg.DataDir, PprofName)
-	if len(path) > maxSocketPath {
-		return fmt.Errorf("data directory %s: its path is too long for a unix socket in it", h.cfg.DataDir)
+	path, err := socketPath(h.cfg.DataDir, PprofName)
+	if err != nil {
+		return err
 	}
 	ln, err := listenPrivately(h.cfg.DataDir, path)
 	if err != nil {
