@@ -67,7 +67,7 @@ What is not known is absent from the JSON output. Latencies are in milliseconds.
 			if *asJSON {
 				return c.writeJSON(r)
 			}
-			return r.Write(c.stdout)
+			return writeReport(c.stdout, r)
 		}
 	},
 }

@@ -1,24 +1,26 @@
-package netcheck
+package main
 
 import (
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
+
+	"mesh/internal/netcheck"
 )
 
-// Write prints the report for people.
-func (r *Report) Write(w io.Writer) error {
+// writeReport prints a report on the network for people.
+func writeReport(w io.Writer, r *netcheck.Report) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(name, text string) { fmt.Fprintf(t, "%s\t%s\n", name, text) }
-	line("udp", r.udpText())
-	line("ipv4", r.IPv4.text())
-	line("ipv6", r.IPv6.text())
-	line("nat", r.natText())
-	line("hairpin", r.hairpinText())
-	line("port mapping", r.PortMapping.text())
-	line("captive portal", say(r.CaptivePortal, "yes: somebody answers in the relays' name; log in to this network", "no", "not known: no relay offers the check"))
-	line("home relay", r.homeText())
+	line("udp", udpText(r))
+	line("ipv4", familyText(r.IPv4))
+	line("ipv6", familyText(r.IPv6))
+	line("nat", natText(r))
+	line("hairpin", hairpinText(r))
+	line("port mapping", mappingText(r.PortMapping))
+	line("captive portal", answer(r.CaptivePortal, "yes: somebody answers in the relays' name; log in to this network", "no", "not known: no relay offers the check"))
+	line("home relay", homeText(r))
 	if err := t.Flush(); err != nil {
 		return err
 	}
@@ -37,18 +39,18 @@ func (r *Report) Write(w io.Writer) error {
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, strings.Join(header, "\t"))
 	for _, g := range r.Regions {
-		cells := []string{fmt.Sprint(g.ID), plain(g.Code), plain(g.Name), g.V4.cell(), g.V6.cell()}
+		cells := []string{fmt.Sprint(g.ID), plain(g.Code), plain(g.Name), latencyCell(g.V4), latencyCell(g.V6)}
 		if https && g.Error != "" {
 			cells = append(cells, plain(g.Error))
 		} else if https {
-			cells = append(cells, g.HTTPS.cell())
+			cells = append(cells, latencyCell(g.HTTPS))
 		}
 		fmt.Fprintln(t, strings.Join(cells, "\t"))
 	}
 	return t.Flush()
 }
 
-func say(b *bool, yes, no, unknown string) string {
+func answer(b *bool, yes, no, unknown string) string {
 	switch {
 	case b == nil:
 		return unknown
@@ -58,47 +60,47 @@ func say(b *bool, yes, no, unknown string) string {
 	return no
 }
 
-func (r *Report) udpText() string {
+func udpText(r *netcheck.Report) string {
 	blocked := "no answer, nor by HTTPS: the network or all relays are down"
 	for _, g := range r.Regions {
 		if g.HTTPS > 0 {
 			blocked = "blocked: nodes are reached by relay only"
 		}
 	}
-	return say(r.UDP, "works", blocked, "not known: no relay could be asked")
+	return answer(r.UDP, "works", blocked, "not known: no relay could be asked")
 }
 
-func (r *Report) hairpinText() string {
+func hairpinText(r *netcheck.Report) string {
 	if r.NAT != nil && !*r.NAT {
 		return "not needed without NAT"
 	}
-	return say(r.Hairpin, "works", "does not work: hosts behind this NAT do not reach each other by its public address", "not known")
+	return answer(r.Hairpin, "works", "does not work: hosts behind this NAT do not reach each other by its public address", "not known")
 }
 
-func (f Family) text() string {
+func familyText(f netcheck.Family) string {
 	if f.Global.IsValid() {
 		return "works, seen as " + f.Global.String()
 	}
 	if !f.Available && f.Works == nil {
 		return "none: no interface has an address that leads anywhere"
 	}
-	return say(f.Works, "works", "no answer by UDP", "not known: no relay has an address of it")
+	return answer(f.Works, "works", "no answer by UDP", "not known: no relay has an address of it")
 }
 
-func (r *Report) natText() string {
+func natText(r *netcheck.Report) string {
 	switch {
 	case r.NAT == nil:
 		return "not known"
 	case !*r.NAT:
 		return "none: others see this host's own address"
 	}
-	return "yes, " + say(r.MappingVaries,
+	return "yes, " + answer(r.MappingVaries,
 		"and it maps differently for each destination: direct paths are hard",
 		"and it maps alike for all destinations: direct paths are easy",
 		"of unknown kind: that takes the answers of two relays")
 }
 
-func (p *PortMapping) text() string {
+func mappingText(p *netcheck.PortMapping) string {
 	switch {
 	case p == nil:
 		return "not asked"
@@ -127,7 +129,7 @@ func (p *PortMapping) text() string {
 	return text
 }
 
-func (r *Report) homeText() string {
+func homeText(r *netcheck.Report) string {
 	if r.Preferred == 0 {
 		return "none: no relay answered"
 	}
@@ -147,24 +149,10 @@ func (r *Report) homeText() string {
 	return fmt.Sprint(r.Preferred)
 }
 
-// cell is a latency in a table.
-func (l Latency) cell() string {
+// latencyCell is a latency in a table.
+func latencyCell(l netcheck.Latency) string {
 	if l == 0 {
 		return "-"
 	}
 	return l.String()
-}
-
-// plain replaces what would disturb a terminal: names come from elsewhere.
-func plain(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r >= '\u202a' && r <= '\u202e' {
-			return '?'
-		}
-		return r
-	}, s)
-	if s == "" {
-		return "-"
-	}
-	return s
 }
