@@ -23,38 +23,38 @@ const (
 // errNoRelayNode reports a region of the map without a relay.
 var errNoRelayNode = errors.New("no node of the region relays")
 
-// dialRegion connects to the first node of a region that answers.
+// dialRegion connects to the relay of a region that was chosen to be its only
+// one, at the first of its addresses that answers.
 func (p *Path) dialRegion(ctx context.Context, def *wire.DERPRegion, key identity.NodePrivate) (relayConn, error) {
+	if len(def.Nodes) == 0 || def.Nodes[0] == nil || def.Nodes[0].STUNOnly {
+		return nil, fmt.Errorf("relay %d: %w", def.RegionID, errNoRelayNode)
+	}
+	n := def.Nodes[0]
+	port := n.DERPPort
+	if port == 0 {
+		port = 443
+	}
 	var errs []error
-	for _, n := range def.Nodes {
-		if n == nil || n.STUNOnly {
-			continue
+	for _, host := range relayHosts(n) {
+		c, err := derp.Dial(ctx, derp.ClientConfig{
+			Key:            key,
+			Dial:           p.cfg.DialTCP,
+			Proxy:          p.cfg.Proxy,
+			RootCAs:        p.cfg.RootCAs,
+			Logger:         p.log,
+			DialTimeout:    loginTimeout,
+			ConnectTimeout: connectTimeout,
+			Target: derp.Target{
+				Region: def.RegionID, Name: n.Name, HostName: n.HostName, CertName: n.CertName,
+				Addr: joinHostPort(host, port), InsecureForTests: n.InsecureForTests,
+			},
+		})
+		if err == nil {
+			return c, nil
 		}
-		for _, host := range relayHosts(n) {
-			port := n.DERPPort
-			if port == 0 {
-				port = 443
-			}
-			c, err := derp.Dial(ctx, derp.ClientConfig{
-				Key:            key,
-				Dial:           p.cfg.DialTCP,
-				Proxy:          p.cfg.Proxy,
-				RootCAs:        p.cfg.RootCAs,
-				Logger:         p.log,
-				DialTimeout:    loginTimeout,
-				ConnectTimeout: connectTimeout,
-				Target: derp.Target{
-					Region: def.RegionID, Name: n.Name, HostName: n.HostName, CertName: n.CertName,
-					Addr: joinHostPort(host, port), InsecureForTests: n.InsecureForTests,
-				},
-			})
-			if err == nil {
-				return c, nil
-			}
-			errs = append(errs, err)
-			if ctx.Err() != nil {
-				return nil, err
-			}
+		errs = append(errs, err)
+		if ctx.Err() != nil {
+			return nil, err
 		}
 	}
 	if len(errs) == 0 {
