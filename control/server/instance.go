@@ -79,11 +79,16 @@ func (s *Server) admitProcess(n *node, c *client, req *wire.RegisterRequest) (*w
 	if err != nil {
 		return nil, err
 	}
+	return s.welcomeProcess(n, c, replaced), nil
+}
+
+// welcomeProcess is welcome after claim. Server.mu is held.
+func (s *Server) welcomeProcess(n *node, c *client, replaced bool) *wire.RegisterResponse {
 	resp := s.welcome(&n.Node)
 	if resp.MeshReplaced = replaced; replaced {
 		s.noteCopy(n, c.source)
 	}
-	return resp, nil
+	return resp
 }
 
 // noteCopy records that a process took the place of another that was there.

@@ -54,7 +54,7 @@ func TestKeyIsReplacedBeforeItEnds(t *testing.T) {
 		if na.self.Key != a.key.Public() || !na.self.KeyExpiry.After(first) || !na.self.MeshRenew.After(time.Now()) {
 			t.Errorf("self %+v", na.self)
 		}
-		time.Sleep(keptKeyFor)
+		time.Sleep(wire.KeptKeyFor)
 		synctest.Wait()
 		if w.s.Admit(old) || !w.s.Admit(a.key.Public()) || slices.Contains(w.s.Members(), old) {
 			t.Error("the former key is a member for ever")

@@ -393,16 +393,8 @@ func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, req *wir
 	defer s.mu.Unlock()
 	n.Expires = expires
 	s.rekey(n, req.NodeKey, c, req.MeshKeeps && !n.expired)
-	resp := s.welcome(&n.Node)
-	if resp.MeshReplaced = replaced; replaced {
-		s.noteCopy(n, c.source)
-	}
-	return resp, nil
+	return s.welcomeProcess(n, c, replaced), nil
 }
-
-// keptKeyFor is how long a node's former key stays a member, which nodes of ours
-// go on answering to for as long.
-const keptKeyFor = 3 * time.Minute
 
 // rekey replaces a node's key in memory. A former key that is kept stays a
 // member for a while, and the one that peers are told until the node polls with
@@ -410,7 +402,7 @@ const keptKeyFor = 3 * time.Minute
 func (s *Server) rekey(n *node, key identity.NodePublic, c *client, keep bool) {
 	s.dropFormer(n)
 	if old := n.Key; keep {
-		n.former, n.formerUntil, n.unshown = old, s.cfg.Now().Add(keptKeyFor), true
+		n.former, n.formerUntil, n.unshown = old, s.cfg.Now().Add(wire.KeptKeyFor), true
 		s.nodes.rekey(n, key)
 		s.nodes.formers[old] = n
 	} else {

@@ -48,6 +48,10 @@ type RegisterRequest struct {
 	MeshKeeps bool `json:",omitempty"`
 }
 
+// KeptKeyFor is how long a former key goes on where MeshKeeps was said: it stays a
+// member, and the node answers to it.
+const KeptKeyFor = 3 * time.Minute
+
 // MaxInstance is the length in bytes of a MeshInstance; one that is longer
 // counts as none.
 const MaxInstance = 32

@@ -8,10 +8,6 @@ import (
 	"mesh/identity"
 )
 
-// keptKeyFor is how long connections that were made with the node's former key
-// are read: peers may not know the new one yet. WireGuard answers to it as long.
-const keptKeyFor = 3 * time.Minute
-
 // ownKey is a key of the node's.
 type ownKey struct {
 	private identity.NodePrivate
@@ -30,7 +26,8 @@ func (p *Path) AddKey(ctx context.Context, k identity.NodePrivate) {
 }
 
 // UseKey makes a key, of AddKey, the one by which the node sends. Connections
-// with the former one are read for a while.
+// with the former one are read for wire.KeptKeyFor: peers may not know the new one
+// yet.
 func (p *Path) UseKey(k identity.NodePrivate) {
 	if own := newOwnKey(k); own.public != p.own.Swap(own).public {
 		p.relays.switchOver()
@@ -83,7 +80,7 @@ func (r *relay) prepare(l *liveRelay, dial func(context.Context, *wire.DERPRegio
 		return // switchOver connects anew
 	}
 	// One that is never used does not stay for ever.
-	next := &liveRelay{conn: conn, node: l.node, keys: r.set.keys.Load() + 1, linger: time.AfterFunc(keptKeyFor, func() { conn.Close() })}
+	next := &liveRelay{conn: conn, node: l.node, keys: r.set.keys.Load() + 1, linger: time.AfterFunc(wire.KeptKeyFor, func() { conn.Close() })}
 	if old := r.next.Swap(next); old != nil {
 		old.conn.Close()
 	}
@@ -114,7 +111,7 @@ func (s *relaySet) switchOver() {
 		case next == nil || !next.linger.Stop():
 			// It has not connected, or did not stay.
 			s.wg.Go(func() { l.conn.Close() })
-		case r.replace(l, next, keptKeyFor) && next.ended.Load() && r.live.CompareAndSwap(next, nil):
+		case r.replace(l, next, wire.KeptKeyFor) && next.ended.Load() && r.live.CompareAndSwap(next, nil):
 			// It ended while it was not in use yet, and whoever read it has gone.
 			s.wg.Go(func() { r.run(nil) })
 		}

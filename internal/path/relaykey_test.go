@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"mesh/control/wire"
 	"mesh/identity"
 )
 
@@ -61,7 +62,7 @@ func TestKeyAtRelays(t *testing.T) {
 		if _, home := relay.isHome(fresh.Key); !home {
 			t.Error("the new connection is not said to be home")
 		}
-		settle(keptKeyFor)
+		settle(wire.KeptKeyFor)
 		if c, _ := relay.isHome(old.Key); c {
 			t.Error("still there with the old key")
 		}
