@@ -272,8 +272,7 @@ func (s *Server) awaitLogin(ctx context.Context, c *client, req *wire.RegisterRe
 	if l == nil && s.replica.store != nil {
 		// It may have asked another replica a moment ago.
 		s.mu.Unlock()
-		s.lockOps()
-		s.opMu.Unlock()
+		s.catchUp()
 		s.mu.Lock()
 		l = g.find(req.Followup, now)
 	}

@@ -67,8 +67,7 @@ func (s *Server) admitMap(ctx context.Context, c *client, req *wire.MapRequest) 
 	if errors.Is(err, wire.ErrNodeUnknown) && s.replica.store != nil && s.requests.take(c.source) {
 		// It may have enrolled at another replica a moment ago. To look stops
 		// others, so it is bounded also for those who have a node here.
-		s.lockOps()
-		s.opMu.Unlock()
+		s.catchUp()
 		err = own()
 	}
 	if errors.Is(err, wire.ErrNodeUnknown) {

@@ -96,10 +96,7 @@ func (s *Server) scheduleNode(n *node) {
 		heap.Push(&s.deadline, n)
 	}
 	if s.deadline[0] == n {
-		select {
-		case s.kick <- struct{}{}:
-		default:
-		}
+		s.wakeJanitor()
 	}
 }
 

@@ -380,10 +380,7 @@ func (s *Server) closeRelay(ctx context.Context, key identity.NodePublic, rs *re
 			s.log.Error("relay that left could not be removed", zap.Error(err))
 		}
 	}
-	select {
-	case s.kick <- struct{}{}:
-	default:
-	}
+	s.wakeJanitor()
 }
 
 // leaveRelay takes a relay that drains out of the map.

@@ -74,6 +74,13 @@ func (s *Server) lockOps() {
 	}
 }
 
+// catchUp takes in what other replicas did and decides nothing: a node, a login
+// or a key of this server's memory may have come by another a moment ago.
+func (s *Server) catchUp() {
+	s.lockOps()
+	s.opMu.Unlock()
+}
+
 // startReplica starts what follows the other replicas.
 func (s *Server) startReplica() {
 	if s.replica.store == nil {
@@ -107,8 +114,7 @@ func (s *Server) followAll() {
 		case <-s.replica.wake:
 		case <-repair.C:
 		}
-		s.lockOps()
-		s.opMu.Unlock()
+		s.catchUp()
 	}
 }
 
