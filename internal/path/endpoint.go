@@ -18,6 +18,8 @@ const (
 	regatherMin    = 20 * time.Second // while peers are active
 	regatherMax    = 26 * time.Second //
 	regatherIdle   = 20 * time.Minute // while none is: home and what control knows stay right
+	regatherMute   = 2 * time.Second  // if nobody answered, then twice that and so on
+	muteTries      = 5                // before that counts as how the network is
 	doubtEvery     = 2 * time.Second
 	endpointMemory = 5*time.Minute + 10*time.Second // an address that STUN told stays advertised
 	maxEndpoints   = disco.MaxEndpoints
@@ -33,6 +35,7 @@ type endpoints struct {
 
 	doubted instant // what was gathered before may be wrong
 
+	mute  int    // rounds in a row in which nobody answered over a family
 	want  bool   // a round is asked for
 	round *round // the current one, or the last
 	local []netip.Prefix
@@ -81,6 +84,7 @@ func (e *endpoints) forget() {
 	clear(e.names)
 	clear(e.latency)
 	e.at = 0
+	e.mute = 0
 	e.round = nil
 	e.udpWorks, e.ip6Works, e.varies = nil, nil, nil
 }
@@ -406,6 +410,22 @@ func (p *Path) answerLocked(tx stun.TxID, from, mapped netip.AddrPort, now insta
 	}
 	e.next = r.next(now)
 	return settled, false
+}
+
+// afterRoundLocked plans what follows a round. One in which nobody answered is
+// soon repeated, also while no peer is active: the few requests of the first may
+// be lost on a host that only comes up, and an idle node would not know its
+// address until a peer wants it.
+func (e *endpoints) afterRoundLocked(now instant) {
+	e.next = now + regatherIn()
+	if !e.round.mute(e.local) {
+		e.mute = 0
+		return
+	}
+	if e.mute++; e.mute <= muteTries {
+		e.want = true
+		e.next = now + regatherMute<<(e.mute-1)
+	}
 }
 
 // regatherIn spreads the periodic rounds of many nodes.

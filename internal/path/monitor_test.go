@@ -60,6 +60,39 @@ func TestAddressChangeIsNoticed(t *testing.T) {
 	})
 }
 
+// TestFirstRoundIsLost: nobody hears what a node asks while its host comes up, and
+// no peer is active; it knows its address soon all the same. Where UDP stays
+// blocked it stops asking.
+func TestFirstRoundIsLost(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n := newMemNet(t)
+		n.relay(1)
+		n.stuns[stunServer(1)] = 4 * time.Millisecond
+		a := n.node("198.18.0.1")
+		n.block(a.addr.Addr(), stunServer(1).Addr(), true)
+		a.SetRelays(relayMap(1))
+		a.Ready(t.Context())
+		settle(5 * time.Second)
+		works := func() bool { w := a.lastReport().NetInfo.WorkingUDP; return w != nil && *w }
+		if works() {
+			t.Fatal("UDP works where it is blocked")
+		}
+		n.block(a.addr.Addr(), stunServer(1).Addr(), false)
+		settle(regatherMute << 2)
+		if !works() {
+			t.Errorf("what lost its first requests does not ask again: %+v", a.lastReport())
+		}
+		n.block(a.addr.Addr(), stunServer(1).Addr(), true)
+		a.NetworkChanged()
+		settle(regatherMute << (muteTries + 1))
+		asked := n.count(stunServer(1))
+		settle(regatherIdle / 2)
+		if n := n.count(stunServer(1)); n != asked {
+			t.Errorf("asks %d times where nobody ever answers", n-asked)
+		}
+	})
+}
+
 // TestPrivatePathIsLeft: an address of a private network that the host left is
 // not sent to any more; somebody else may have it in the next network.
 func TestPrivatePathIsLeft(t *testing.T) {

@@ -86,6 +86,19 @@ func (r *round) answer(pr stunProbe, mapped netip.AddrPort, now instant) {
 	}
 }
 
+// mute reports whether nobody answered over a family that relays are to be asked
+// over, or nobody's name could be resolved, and the host has an address of it.
+func (r *round) mute(local []netip.Prefix) bool {
+	asked := func(v6 bool) bool {
+		return slices.ContainsFunc(r.targets, func(t target) bool { return t.v6 == v6 }) &&
+			slices.ContainsFunc(local, func(n netip.Prefix) bool {
+				a := n.Addr().Unmap()
+				return a.Is6() == v6 && a.IsGlobalUnicast() && !isMesh(a)
+			})
+	}
+	return asked(false) && r.answers == r.answers6 || asked(true) && r.answers6 == 0
+}
+
 // others4 reports whether other regions are asked over IPv4.
 func (r *round) others4(t *target) bool {
 	return slices.ContainsFunc(r.targets, func(o target) bool { return !o.v6 && o.region != t.region })
@@ -178,7 +191,7 @@ func (p *Path) roundLocked(now instant) (send []request, settled bool) {
 	}
 	e.next = r.next(now)
 	if r.over {
-		e.next = now + regatherIn()
+		e.afterRoundLocked(now)
 	}
 	return send, settled
 }
