@@ -12,9 +12,15 @@ import (
 
 	"mesh/control/admin"
 	"mesh/control/host"
+	"mesh/internal/pgserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if Served() {
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // serve starts a control server in this process.
 func serve(t *testing.T) Config {
@@ -70,6 +76,40 @@ func TestPhases(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestKill kills one of two replicas under some nodes.
+func TestKill(t *testing.T) {
+	if _, err := pgserver.Find(); err != nil {
+		t.Skip(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	r, err := StartReplicas(ctx, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cfg := r.Config()
+	cfg.Nodes, cfg.Log = 40, t.Logf
+	m, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for _, phase := range []func() Phase{
+		func() Phase { return m.Join(ctx) },
+		func() Phase { return m.Kill(ctx, r) },
+		func() Phase { return m.Endpoints(ctx, 4) },
+	} {
+		p := phase()
+		for _, note := range p.Notes {
+			t.Log(note)
+		}
+		if p.Err != nil {
+			t.Fatal(p.Name, p.Err)
+		}
 	}
 }
 

@@ -25,9 +25,9 @@ import (
 
 // Config says what to put under load, and with what.
 type Config struct {
-	URL   string                 // of the control server, http://host:port
+	URL   string                 // of the control server, http://host:port; with commas, those of its replicas
 	Key   identity.MachinePublic // of the control server
-	Admin *admin.Client          // of the control server; its policy is replaced
+	Admin *admin.Client          // of the control server, or of a replica that stays; its policy is replaced
 
 	// Nodes is how many nodes there are; those of one group see each other.
 	// Group is the size of a group; 0 = all are one.
@@ -45,10 +45,10 @@ type Config struct {
 
 // Mesh is a set of simulated nodes.
 type Mesh struct {
-	cfg  Config
-	addr string
-	zstd *zstd.Decoder
-	user string // who owns the nodes if there are no groups
+	cfg   Config
+	addrs []string // of the server's replicas
+	zstd  *zstd.Decoder
+	user  string // who owns the nodes if they have no tags
 
 	nodes []*node
 	extra int // nodes that were made beside these
@@ -74,9 +74,13 @@ type Mesh struct {
 
 // New returns a mesh without nodes.
 func New(cfg Config) (*Mesh, error) {
-	u, err := url.Parse(cfg.URL)
-	if err != nil || u.Scheme != "http" {
-		return nil, fmt.Errorf("control server %q: want http://host:port", cfg.URL)
+	var addrs []string
+	for text := range strings.SplitSeq(cfg.URL, ",") {
+		u, err := url.Parse(text)
+		if err != nil || u.Scheme != "http" {
+			return nil, fmt.Errorf("control server %q: want http://host:port", text)
+		}
+		addrs = append(addrs, u.Host)
 	}
 	if cfg.Nodes < 2 {
 		return nil, errors.New("want two nodes at least")
@@ -94,7 +98,7 @@ func New(cfg Config) (*Mesh, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Mesh{cfg: cfg, addr: u.Host, zstd: d, peers: newInterned[peer](), changes: newInterned[wire.PeerChange]()}, nil
+	return &Mesh{cfg: cfg, addrs: addrs, zstd: d, peers: newInterned[peer](), changes: newInterned[wire.PeerChange]()}, nil
 }
 
 // Close ends all nodes.
@@ -122,11 +126,15 @@ func (m *Mesh) lost(err error) { m.lastLoss.Store(&err) }
 // groups returns how many groups there are.
 func (m *Mesh) groups() int { return (m.cfg.Nodes + m.cfg.Group - 1) / m.cfg.Group }
 
+// tagged reports whether nodes have the tag of their group. They have none if
+// all are one group and nobody else is beside them.
+func (m *Mesh) tagged() bool { return m.groups() > 1 || len(m.addrs) > 1 }
+
 // policy returns a policy in which the nodes of each group may talk to each
-// other: without groups everybody to everybody. ports are those of a group that
+// other: without tags everybody to everybody. ports are those of a group that
 // differ from "*".
 func (m *Mesh) policy(ports map[int]string) string {
-	if m.groups() == 1 {
+	if !m.tagged() {
 		p := ports[0]
 		if p == "" {
 			p = "*"
@@ -142,6 +150,10 @@ func (m *Mesh) policy(ports map[int]string) string {
 		owners = append(owners, fmt.Sprintf("%q: []", groupTag(g)))
 		acls = append(acls, fmt.Sprintf(`{"action": "accept", "src": [%q], "dst": ["%s:%s"]}`, groupTag(g), groupTag(g), p))
 	}
+	if len(m.addrs) > 1 {
+		owners = append(owners, fmt.Sprintf("%q: []", realTag))
+		acls = append(acls, fmt.Sprintf(`{"action": "accept", "src": [%q], "dst": ["%s:*"]}`, realTag, realTag))
+	}
 	return "{\"tagOwners\": {" + strings.Join(owners, ", ") + "},\n\"acls\": [" + strings.Join(acls, ",\n") + "]}"
 }
 
@@ -150,10 +162,10 @@ func groupTag(g int) string { return fmt.Sprintf("tag:g%d", g) }
 // authKey makes a key that nodes of a group enrol with.
 func (m *Mesh) authKey(ctx context.Context, group int, ephemeral bool) (string, error) {
 	c := admin.KeyCreate{Reusable: true, Ephemeral: ephemeral}
-	if m.groups() == 1 {
-		c.User = m.user
-	} else {
+	if m.tagged() {
 		c.Tags = []string{groupTag(group)}
+	} else {
+		c.User = m.user
 	}
 	k, err := m.cfg.Admin.CreateKey(ctx, c)
 	return k.Secret, err

@@ -35,11 +35,15 @@ type node struct {
 	key   identity.NodePublic
 	truth atomic.Pointer[truth]
 	id    atomic.Int64 // 0 = not known yet
+	place atomic.Int32 // of Mesh.addrs, that it uses
 	view  view
 
 	end  context.CancelFunc // of run; set by start
 	done chan struct{}      // closed when run is over
 	over error              // why the server ended it; read after done
+
+	dialing   sync.Mutex // held by who opens a connection
+	reporting sync.Mutex // held by who sends a report: what is older must not come later
 
 	mu      sync.Mutex // guards the members below
 	conn    *http.ClientConn
@@ -58,6 +62,7 @@ func (m *Mesh) newNode(name string, group int) *node {
 		mesh: m, name: name, instance: strconv.FormatUint(rand.Uint64(), 36), group: group, machine: identity.NewMachine(), key: identity.NewNode().Public(),
 		done: make(chan struct{}), up: make(chan struct{}), view: view{peers: make(map[wire.NodeID]*peer)},
 	}
+	n.place.Store(int32(rand.N(len(m.addrs))))
 	n.truth.Store(&truth{disco: identity.NewDisco().Public(), endpoints: m.endpoints()})
 	return n
 }
@@ -79,13 +84,14 @@ type errBusy struct {
 
 func (e errBusy) Error() string { return fmt.Sprintf("the server answers with status %d", e.status) }
 
-// dial opens a connection to the server, as package control does.
+// dial opens a connection to a replica, as package control does.
 func (n *node) dial(ctx context.Context) (*http.ClientConn, error) {
+	addr := n.addr()
 	nc, err := noise.Dial(ctx, noise.ClientConfig{
 		Dial: func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", n.mesh.addr)
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		},
-		Host: n.mesh.addr, Machine: n.machine, ServerKey: n.mesh.cfg.Key, Version: wire.CapabilityVersion,
+		Host: addr, Machine: n.machine, ServerKey: n.mesh.cfg.Key, Version: wire.CapabilityVersion,
 	})
 	var up *noise.UpgradeError
 	if errors.As(err, &up) {
@@ -101,7 +107,7 @@ func (n *node) dial(ctx context.Context) (*http.ClientConn, error) {
 		DisableCompression: true,
 	}
 	t.Protocols.SetUnencryptedHTTP2(true)
-	conn, err := t.NewClientConn(ctx, "http", n.mesh.addr)
+	conn, err := t.NewClientConn(ctx, "http", addr)
 	if err != nil {
 		nc.Close()
 		return nil, err
@@ -111,13 +117,15 @@ func (n *node) dial(ctx context.Context) (*http.ClientConn, error) {
 
 // connected returns the node's connection, and opens it if there is none.
 func (n *node) connected(ctx context.Context) (*http.ClientConn, error) {
+	n.dialing.Lock()
+	defer n.dialing.Unlock()
 	n.mu.Lock()
 	conn := n.conn
 	n.mu.Unlock()
 	if conn != nil && conn.Err() == nil {
 		return conn, nil
 	}
-	conn, err := n.dial(ctx)
+	conn, err := n.dialAny(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +155,7 @@ func (n *node) post(ctx context.Context, path string, body any) (*http.Response,
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+n.mesh.addr+path, bytes.NewReader(b))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+n.addr()+path, bytes.NewReader(b))
 	if err != nil {
 		return nil, err
 	}
@@ -242,6 +250,8 @@ func (n *node) request() wire.MapRequest {
 
 // report sends a lite update: what the node says of itself now.
 func (n *node) report(ctx context.Context) error {
+	n.reporting.Lock()
+	defer n.reporting.Unlock()
 	r := n.request()
 	r.OmitPeers = true
 	return n.patiently(ctx, func() error {

@@ -24,6 +24,7 @@ type Phase struct {
 	Usage Usage           // at the end
 	Lost  int64           // map streams that ended by themselves
 	Busy  int64           // answers that asked to come back later
+	Notes []string        // what else was seen
 	Err   error
 }
 
@@ -108,7 +109,7 @@ func truly(n *node) func(*peer) bool {
 func (m *Mesh) Join(ctx context.Context) Phase {
 	name := fmt.Sprintf("join of %d", m.cfg.Nodes)
 	return m.measure(name, m.cfg.Nodes, func() ([]time.Duration, error) {
-		if m.groups() == 1 {
+		if !m.tagged() {
 			m.user = "load"
 			if _, err := m.cfg.Admin.CreateUser(ctx, m.user); err != nil && !errors.Is(err, admin.ErrConflict) {
 				return nil, err
@@ -422,6 +423,9 @@ func (p Phase) String() string {
 	s += fmt.Sprintf("  %d msgs %.1f MB", p.Msgs, float64(p.Bytes)/1e6)
 	if p.Lost > 0 || p.Busy > 0 {
 		s += fmt.Sprintf("  lost %d busy %d", p.Lost, p.Busy)
+	}
+	for _, note := range p.Notes {
+		s += "  " + note
 	}
 	if p.Err != nil {
 		s += fmt.Sprintf("  WRONG: %v", p.Err)

@@ -26,16 +26,11 @@ type Usage struct {
 	RSS, Peak int64         // bytes: now, and the most so far
 }
 
-// Serve is the server's process: it serves from a new directory until in ends,
+// Serve is the server's process: it serves from an empty directory until in ends,
 // says where it is, and answers commands, one a line: "heap", "profile FILE",
-// "profile".
-func Serve(in io.Reader, out io.Writer) error {
-	dir, err := os.MkdirTemp("", "load")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	h, err := host.Start(host.Config{DataDir: dir, Listen: "127.0.0.1:0", STUN: "off", EphemeralTimeout: 20 * time.Second})
+// "profile". database is the URL of one that it shares, "" = a file.
+func Serve(dir, database string, in io.Reader, out io.Writer) error {
+	h, err := host.Start(host.Config{DataDir: dir, Database: database, Listen: "127.0.0.1:0", STUN: "off", EphemeralTimeout: 20 * time.Second})
 	if err != nil {
 		return err
 	}
@@ -80,19 +75,47 @@ type Process struct {
 	Key   identity.MachinePublic
 	Admin *admin.Client
 
-	cmd *exec.Cmd
-	in  io.WriteCloser
-	out *bufio.Reader
+	dir    string
+	cmd    *exec.Cmd
+	in     io.WriteCloser
+	out    *bufio.Reader
+	killed bool
 }
 
-// Start runs Serve in a process of its own, which this program is to do when it
-// is called with args.
-func Start(args ...string) (*Process, error) {
+// serveWord and two more arguments, the directory and the database, tell this
+// program to run Serve.
+const serveWord = "serve"
+
+// Served runs Serve if this process is to do that, and reports whether it was.
+// Programs that call Start begin with it.
+func Served() bool {
+	if len(os.Args) != 4 || os.Args[1] != serveWord {
+		return false
+	}
+	if err := Serve(os.Args[2], os.Args[3], os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "serve:", err)
+		os.Exit(1)
+	}
+	return true
+}
+
+// Start runs Serve in a process of its own. The program has to begin with
+// Served.
+func Start(database string) (_ *Process, err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{cmd: exec.Command(self, args...)}
+	p := new(Process)
+	if p.dir, err = os.MkdirTemp("", "load"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(p.dir)
+		}
+	}()
+	p.cmd = exec.Command(self, serveWord, p.dir, database)
 	p.cmd.Stderr = os.Stderr
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -118,8 +141,19 @@ func Start(args ...string) (*Process, error) {
 
 // Close ends the server and waits for it.
 func (p *Process) Close() error {
+	if p.killed {
+		return nil
+	}
 	p.in.Close()
-	return p.cmd.Wait()
+	return errors.Join(p.cmd.Wait(), os.RemoveAll(p.dir))
+}
+
+// Kill ends the server without a word to it.
+func (p *Process) Kill() error {
+	err := p.cmd.Process.Kill()
+	p.cmd.Wait() // which says that it was killed
+	p.killed = true
+	return errors.Join(err, os.RemoveAll(p.dir))
 }
 
 func (p *Process) ask(line string) (string, error) {

@@ -34,8 +34,12 @@ func each(q float64) func(loadtest.Phase) float64 {
 
 // goalsOf returns the goals for a mesh of that size; those of 1,000 nodes that
 // all see each other and of 10,000 in groups of 100 are decided, and no others.
-func goalsOf(nodes, group int) []goal {
+func goalsOf(nodes, group, replicas int) []goal {
 	switch {
+	case replicas > 1 && nodes == 1000 && (group == 0 || group >= nodes):
+		return []goal{{"kill", "back at another replica, slowest", 10000, "ms", each(1)}}
+	case replicas > 1:
+		return nil
 	case nodes == 1000 && (group == 0 || group >= nodes):
 		return []goal{
 			{"join", "join until all see all", 15, "s", took},

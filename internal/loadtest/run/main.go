@@ -2,6 +2,9 @@
 //
 //	go run ./internal/loadtest/run -nodes 1000
 //	go run ./internal/loadtest/run -nodes 10000 -group 100
+//	go run ./internal/loadtest/run -replicas 2 -phases join,endpoints,kill
+//
+// Several replicas share a PostgreSQL server that is started for them.
 package main
 
 import (
@@ -20,11 +23,7 @@ import (
 )
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == "serve" {
-		if err := loadtest.Serve(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, "serve:", err)
-			os.Exit(1)
-		}
+	if loadtest.Served() {
 		return
 	}
 	if err := run(); err != nil {
@@ -42,6 +41,7 @@ func run() error {
 	churn := flag.Duration("churn", 30*time.Second, "how `LONG` ephemeral nodes come")
 	idle := flag.Duration("idle", 20*time.Second, "how `LONG` to be idle")
 	limit := flag.Duration("limit", 30*time.Minute, "most `TIME` that all may take")
+	replicas := flag.Int("replicas", 1, "how `MANY` servers; phase kill needs two")
 	resume := flag.Bool("resume", true, "nodes resume their map sessions")
 	profile := flag.String("profile", "", "`DIR` for CPU profiles of server and load program in each phase")
 	flag.Parse()
@@ -50,14 +50,15 @@ func run() error {
 	ctx, cancel := context.WithTimeout(ctx, *limit)
 	defer cancel()
 
-	server, err := loadtest.Start("serve")
+	servers, err := loadtest.StartReplicas(ctx, max(*replicas, 1))
 	if err != nil {
 		return err
 	}
-	defer server.Close()
-	m, err := loadtest.New(loadtest.Config{
-		URL: server.URL, Key: server.Key, Admin: server.Admin, Nodes: *nodes, Group: *group, Resume: *resume, Usage: server.Usage,
-	})
+	defer servers.Close()
+	server := servers.Last()
+	cfg := servers.Config()
+	cfg.Nodes, cfg.Group, cfg.Resume = *nodes, *group, *resume
+	m, err := loadtest.New(cfg)
 	if err != nil {
 		return err
 	}
@@ -70,6 +71,7 @@ func run() error {
 		"policy":    m.Policy,
 		"reconnect": m.Reconnect,
 		"churn":     func(ctx context.Context) loadtest.Phase { return m.Churn(ctx, *rate, *churn, 2*time.Second) },
+		"kill":      func(ctx context.Context) loadtest.Phase { return m.Kill(ctx, servers) },
 		"revoke":    func(ctx context.Context) loadtest.Phase { return m.Revoke(ctx, max(*changes/5, 1)) },
 	}
 	failed := false
@@ -97,7 +99,7 @@ func run() error {
 		measured[name] = p
 		failed = failed || p.Err != nil
 	}
-	if goals := goalsOf(*nodes, *group); goals != nil {
+	if goals := goalsOf(*nodes, *group, *replicas); goals != nil {
 		printGoals(os.Stdout, goals, measured)
 	}
 	if failed {
