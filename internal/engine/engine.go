@@ -88,7 +88,7 @@ type Engine struct {
 	// all of it goes by one state of filter and map, and for writing for a
 	// moment by Apply. It is never held across a call to stack or tunnel.
 	judging    sync.RWMutex
-	restricted atomic.Int32 // see Restrict
+	restricted atomic.Pointer[restriction] // never nil; see Restrict
 	// blocked holds addresses that are changing hands while Apply runs.
 	blocked atomic.Pointer[[]netip.Prefix]
 
@@ -119,6 +119,7 @@ func New(c Config) (*Engine, error) {
 	}
 	e.scratch.New = func() any { s := make([][]byte, 0, 64); return &s }
 	e.current.Store(new(netmap.Map))
+	e.restricted.Store(new(restriction))
 
 	e.mapper = newMapper(c)
 	started := make(chan struct{})

@@ -1,5 +1,7 @@
 package engine
 
+import "net/netip"
+
 // Restriction says what an Engine keeps from happening, whatever the snapshot in
 // force allows.
 type Restriction int32
@@ -11,24 +13,35 @@ const (
 	Nothing                  // no packet gets in or out
 )
 
+// restriction is what is in force, and why.
+type restriction struct {
+	Restriction
+	why error
+}
+
 // Restrict puts a restriction in force until the next call. Nothing ends all
-// connections with why.
+// connections with why, which is also what dials that begin under it hear.
 func (e *Engine) Restrict(r Restriction, why error) {
-	if Restriction(e.restricted.Load()) == r {
+	if e.restricted.Load().Restriction == r {
 		return
 	}
 	e.applying.Lock()
 	defer e.applying.Unlock()
 	if r == Nothing {
-		e.restricted.Store(int32(NothingNew))
+		e.restricted.Store(&restriction{NothingNew, why})
 		e.CutAll(why)
 	}
-	e.restricted.Store(int32(r))
+	e.restricted.Store(&restriction{r, why})
 	e.barrier()
-	if r == Nothing && e.rules != nil {
+	if r != Nothing {
+		return
+	}
+	// What was begun since CutAll would neither get anywhere nor hear why.
+	e.link.Abort(func(uint8, netip.AddrPort, netip.AddrPort) bool { return true }, why)
+	if e.rules != nil {
 		// For when the restriction is lifted: until then no packet gets there.
 		e.filter.Swap(e.rules.WithPeers(peerCaps(e.Map(), e.rules.Capabilities(), nil)))
 	}
 }
 
-func (e *Engine) isRestricted(r Restriction) bool { return Restriction(e.restricted.Load()) >= r }
+func (e *Engine) isRestricted(r Restriction) bool { return e.restricted.Load().Restriction >= r }

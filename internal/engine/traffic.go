@@ -72,28 +72,35 @@ func (e *Engine) PacketSize(dst netip.Addr) int {
 }
 
 // nowhere tells whoever dials that the address has no peer that can be reached:
-// it had one when the dial began.
+// it had one when the dial began. Or the node may reach nobody.
 func (e *Engine) nowhere(b []byte) {
 	var pkt filter.Packet
 	if pkt.Decode(b) != nil || pkt.Proto != filter.ProtoTCP && pkt.Proto != filter.ProtoUDP || pkt.Fragment == filter.LaterFragment {
 		return
 	}
+	if r := e.restricted.Load(); r.Restriction == Nothing {
+		e.link.Reject(pkt.Proto, pkt.Src, pkt.Dst, r.why)
+		return
+	}
 	m := e.Map()
 	err := &RevokedError{Policy: m.PolicyVersion(), Reason: reasonLeft}
-	if p, ok := m.PeerByAddr(pkt.Dst.Addr()); ok {
+	if p, ok := m.PeerByAddr(pkt.Dst.Addr()); ok && !p.Expired {
+		return // it can be reached by now
+	} else if ok {
 		err.Peer, err.Reason = m.Identity(p), reasonExpired
 	}
 	e.link.Reject(pkt.Proto, pkt.Src, pkt.Dst, err)
 }
 
 // judgeOut notes the flows of the first n packets, which go to one peer. It
-// reports false if they go nowhere: with the zero key, as nobody has the address.
+// reports false if they go nowhere: with the zero key, as nobody has the address
+// or the node may reach nobody.
 func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok bool) {
 	e.judging.RLock()
 	defer e.judging.RUnlock()
 	if e.isRestricted(Nothing) {
 		e.counts.noPeer.Add(1)
-		return to, len(packets), false
+		return to, 1, false
 	}
 	var pkt filter.Packet
 	var dst netip.Addr
