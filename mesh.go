@@ -110,11 +110,12 @@ type Node struct {
 	// MaxStale is how long the node goes on with what it knows while it does not
 	// hear of its control server; 0 = for ever. Then it refuses new connections,
 	// its own and those of peers, with ErrStale, and after a quarter of the time
-	// more its live ones end, too. It looks each eighth of the time, at least
-	// once a minute; the age is counted on while the machine sleeps, and from
-	// when the saved map was saved if the node starts without the server. When
-	// the server is back so is the node. The policy can ask for less: see its
-	// attribute max-stale.
+	// more its live ones end, too. A server that says nothing is asked after
+	// half the time. It looks each eighth of the time, at least once a minute;
+	// the age is counted on while the machine sleeps, and from when
+	// the server was last heard before the map was saved if the node starts
+	// without it. When the server is back so is the node. The policy can ask for
+	// less: see its attribute max-stale.
 	MaxStale time.Duration
 	// RelayOnly keeps all traffic on relays: no UDP to peers.
 	RelayOnly bool

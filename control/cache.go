@@ -29,8 +29,8 @@ var ErrBadCache = errors.New("saved netmap is not to be trusted")
 
 // savedMap is what is saved.
 type savedMap struct {
-	URL   string // of the control server
-	Saved time.Time
+	URL   string    // of the control server
+	Saved time.Time // when the control server was last heard
 	Map   *wire.MapResponse
 }
 
@@ -57,7 +57,11 @@ func (c *Client) encodeMap(m *netmap.Map) ([]byte, error) {
 	r := m.Response()
 	peers := r.Peers
 	r.Peers = nil
-	head, err := json.Marshal(savedMap{URL: c.base, Saved: time.Now().UTC(), Map: r})
+	at := c.LastHeard()
+	if at.IsZero() {
+		at = time.Now()
+	}
+	head, err := json.Marshal(savedMap{URL: c.base, Saved: at.UTC(), Map: r})
 	if err != nil {
 		return nil, err
 	}
@@ -83,13 +87,13 @@ func (c *Client) encodeMap(m *netmap.Map) ([]byte, error) {
 	}
 	b.WriteString(end)
 	out := b.Bytes()
-	at := len(cacheMagic)
-	copy(out[at:], c.authenticate(out[at+sha256.Size:]))
+	mac := len(cacheMagic)
+	copy(out[mac:], c.authenticate(out[mac+sha256.Size:]))
 	return out, nil
 }
 
 // SavedMap returns the map that SaveMap saved for the node with that key, and
-// when. The error is fs.ErrNotExist when there is none, and ErrBadCache when
+// when the control server had last been heard by then. The error is fs.ErrNotExist when there is none, and ErrBadCache when
 // what is there is of no use.
 func (c *Client) SavedMap(store identity.Store, key identity.NodePublic) (*netmap.Map, time.Time, error) {
 	var never time.Time

@@ -68,7 +68,7 @@ type Client struct {
 
 	serverKey identity.MachinePublic // of the server as far as known
 
-	heard atomic.Pointer[time.Time] // when a map stream last brought something; nil = never
+	heard atomic.Pointer[time.Time] // see LastHeard; nil = never
 
 	mu     sync.Mutex // guards conn
 	conn   *http.ClientConn
@@ -139,12 +139,17 @@ func (c *Client) Proven() error {
 }
 
 // LastHeard returns when a map stream last brought something, be it that there is
-// nothing new; zero = never.
+// nothing new, or its connection answered Session.Ask; zero = never.
 func (c *Client) LastHeard() time.Time {
 	if t := c.heard.Load(); t != nil {
 		return *t
 	}
 	return time.Time{}
+}
+
+func (c *Client) noteHeard() {
+	now := time.Now()
+	c.heard.Store(&now)
 }
 
 // Local reports whether the control server's URL names this host.

@@ -84,6 +84,7 @@ type Session struct {
 	want    int // counts reasons for a lite update
 	sent    int // value of want that a lite update has covered
 	online  bool
+	follows bool                    // the present map poll has brought a map
 	endPoll context.CancelCauseFunc // of the present map poll
 	last    *netmap.Map             // to be saved
 	dirty   bool                    // it is not saved yet
@@ -102,11 +103,7 @@ type Session struct {
 func (c *Client) NewSession(cfg SessionConfig) *Session {
 	s := &Session{c: c, cfg: cfg, nudge: make(chan struct{}, 1)}
 	s.updating = errand.New(s.sendUpdates)
-	s.probing = errand.New(func() {
-		if ctx := s.context(); ctx != nil {
-			c.Probe(ctx)
-		}
-	})
+	s.probing = errand.New(s.probe)
 	s.saving = errand.New(s.saveMap)
 	s.flowing = errand.New(s.reportFlows)
 	return s
@@ -175,6 +172,23 @@ func (s *Session) Retry() {
 	s.mu.Unlock()
 	signal(s.nudge)
 	s.probing.Ask()
+}
+
+// Ask asks whether the control server is there, for Client.LastHeard, while a map
+// stream is followed: it may have nothing to say for wire.KeepAliveInterval.
+func (s *Session) Ask() { s.probing.Ask() }
+
+// probe looks at the connection.
+func (s *Session) probe() {
+	ctx := s.context()
+	if ctx == nil || !s.c.Probe(ctx) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.follows { // else there may be news that nobody gets
+		s.c.noteHeard()
+	}
 }
 
 // forgetNudge drops a Retry from so long before a failure that it was not about
@@ -280,6 +294,7 @@ func (s *Session) run(ctx context.Context) error {
 					d.Ignored = ignored
 				}
 				upSince = time.Now()
+				s.setFollows()
 				s.state(nil)
 			}
 			if len(d.Ignored) > 0 {
@@ -376,7 +391,7 @@ func (s *Session) setPoll(end context.CancelCauseFunc) {
 
 func (s *Session) setOnline(on bool) {
 	s.mu.Lock()
-	s.online = on
+	s.online, s.follows = on, false
 	if on {
 		s.want++ // each connection begins with an update
 	}
@@ -384,6 +399,12 @@ func (s *Session) setOnline(on bool) {
 	if on {
 		s.updating.Ask()
 	}
+}
+
+func (s *Session) setFollows() {
+	s.mu.Lock()
+	s.follows = true
+	s.mu.Unlock()
 }
 
 // due returns the next lite update, and the count that it covers.

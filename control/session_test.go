@@ -389,3 +389,43 @@ func TestCache(t *testing.T) {
 		t.Errorf("forgotten: %v", err)
 	}
 }
+
+// What the control server answers counts as hearing of it while a map stream is
+// followed, and what is saved is as old as that.
+func TestAskIsHeard(t *testing.T) {
+	inMemory(t, func(t *testing.T, f *fake) {
+		store := new(identity.MemoryStore)
+		l := live(t, f, func(c *SessionConfig) { c.Store = store })
+		p := <-f.polls
+		l.Ask() // the poll has brought nothing yet
+		synctest.Wait()
+		if at := l.c.LastHeard(); !at.IsZero() {
+			t.Errorf("heard before there is a map: %v", at)
+		}
+		p.send(l.whole())
+		synctest.Wait()
+		time.Sleep(30 * time.Second)
+		l.Ask()
+		synctest.Wait()
+		heard := time.Now()
+		if at := l.c.LastHeard(); !at.Equal(heard) {
+			t.Errorf("heard at %v, asked at %v", at, heard)
+		}
+		f.freeze()
+		time.Sleep(20 * time.Second)
+		l.Ask()
+		synctest.Wait()
+		if at := l.c.LastHeard(); !at.Equal(heard) {
+			t.Errorf("a silent server was heard at %v", at)
+		}
+		if err := l.c.SaveMap(store, l.maps[0]); err != nil {
+			t.Fatal(err)
+		}
+		if _, at, err := l.c.SavedMap(store, l.key); err != nil || !at.Equal(heard) {
+			t.Errorf("saved as of %v: %v", at, err)
+		}
+		f.thaw()
+		l.stop()
+		<-l.end
+	})
+}

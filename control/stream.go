@@ -68,8 +68,7 @@ func (c *Client) Stream(ctx context.Context, req func() wire.MapRequest, handle 
 		if err := m.MeshCode.Err(); err != nil {
 			return err
 		}
-		now := time.Now()
-		c.heard.Store(&now)
+		c.noteHeard()
 		if m.MeshRetryWithin > 0 {
 			return newRestartError(m.MeshRetryWithin)
 		}
@@ -235,27 +234,29 @@ const probeTime = 5 * time.Second
 
 // Probe asks whether the connection, if there is one, still works, and closes
 // it if not: what goes on over it ends with an *UnreachableError, and whatever
-// comes next dials anew. Call it when the network has changed.
-func (c *Client) Probe(ctx context.Context) {
+// comes next dials anew. Call it when the network has changed. It reports whether
+// there was an answer.
+func (c *Client) Probe(ctx context.Context) bool {
 	conn := c.current()
 	if conn == nil {
-		return
+		return false
 	}
 	ctx, cancel := c.during(ctx, probeTime)
 	defer cancel(nil)
 	// Any answer will do, and servers have one for every path.
 	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+c.here().host+"/machine/whoami", nil)
 	if err != nil {
-		return
+		return false
 	}
 	resp, err := conn.RoundTrip(req)
 	if err == nil {
 		resp.Body.Close()
-		return
+		return true
 	}
 	var un *UnreachableError
 	if ctx.Err() == nil || errors.As(context.Cause(ctx), &un) {
 		c.log.Debug("connection to the control server is dead", zap.Error(c.because(ctx, err)))
 		c.drop(conn)
 	}
+	return false
 }

@@ -1,8 +1,11 @@
 package e2e
 
 import (
+	"context"
 	"errors"
+	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -95,4 +98,75 @@ func TestMaxStale(t *testing.T) {
 			meshtest.Until(t, "it to be back", func() bool { _, err := again.Up(t.Context()); return err == nil })
 		})
 	}
+}
+
+// A control server that is there but says nothing is asked; one whose connection
+// is dead is found out in the node's own time, long before that counts as lost.
+func TestSilentControl(t *testing.T) {
+	const limit = 2 * time.Second
+	m := meshtest.Start(t, openPolicy)
+	silence := make(chan struct{})
+	a := m.Node("a", []string{"tag:a"})
+	b := m.Node("b", []string{"tag:a"}, func(n *mesh.Node) {
+		n.MaxStale = limit
+		n.DialTCP = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			select {
+			case <-silence:
+				<-ctx.Done()
+				return nil, ctx.Err()
+			default:
+			}
+			c, err := new(net.Dialer).DialContext(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			return &mutable{Conn: c, silence: silence, closed: make(chan struct{})}, nil
+		}
+	})
+	meshtest.Up(t, a, b)
+	know(t, a, b)
+	_, atB := connect(t, a, b)
+	for quiet := time.Now(); time.Since(quiet) < 2*limit; {
+		if err := atB.SetReadDeadline(time.Now().Add(limit / 8)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := atB.Read(make([]byte, 1)); errors.Is(err, mesh.ErrStale) {
+			t.Fatalf("a control server that is there: %v", err)
+		}
+	}
+	atB.SetReadDeadline(time.Time{})
+	close(silence)
+	gone := time.Now()
+	if err := readUntilError(atB); !errors.Is(err, mesh.ErrStale) {
+		t.Errorf("its connection: %v", err)
+	}
+	took := time.Since(gone)
+	if took > time.Minute {
+		t.Errorf("cut off after %v", took)
+	}
+	t.Logf("cut off after %v", took)
+}
+
+// mutable is a connection by which nothing comes any more after silence.
+type mutable struct {
+	net.Conn
+	silence <-chan struct{}
+	closed  chan struct{}
+	once    sync.Once
+}
+
+func (c *mutable) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	select {
+	case <-c.silence:
+		<-c.closed
+		return 0, net.ErrClosed
+	default:
+		return n, err
+	}
+}
+
+func (c *mutable) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
 }

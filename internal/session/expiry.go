@@ -150,7 +150,7 @@ func (s *Session) renew(e *enrolment, why error) error {
 	s.maps = appliedMaps{}
 	s.applying.Unlock()
 	s.mu.Lock()
-	s.latest, s.told, s.retry = nil, nil, nil
+	s.latest, s.told, s.ask, s.retry = nil, nil, nil, nil
 	s.mu.Unlock()
 	var wait backoff.Backoff
 	for {

@@ -363,7 +363,7 @@ func (s *Session) followMap(ctx context.Context, e *enrolment, inForce *netmap.M
 	})
 	tell := func() { cs.SetHostState(s.hostState(e)) }
 	s.mu.Lock()
-	s.told, s.retry, s.endPoll = tell, cs.Retry, endPoll
+	s.told, s.ask, s.retry, s.endPoll = tell, cs.Ask, cs.Retry, endPoll
 	s.mu.Unlock()
 	tell()
 	err := cs.Run(ctx)

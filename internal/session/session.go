@@ -81,6 +81,7 @@ type Session struct {
 	trouble   error                   // the last failure of what is tried again, nil when all is well
 	latest    *path.Report            // of this node's network, nil before the first
 	retry     func()                  // makes the connection to control look for itself; nil like told
+	ask       func()                  // asks control whether it is there; nil like told
 	told      func()                  // makes control hear of latest; nil before there is somebody to tell
 	login     error                   // a person has to log in; nil if not
 	loginTold error                   // the last login that WaitLogin returned

@@ -53,20 +53,29 @@ func (s *Session) checkStale(e *enrolment, m *netmap.Map, now time.Time) time.Ti
 		}
 		return time.Time{}
 	}
-	heard := e.lastHeard()
-	s.mu.Lock()
-	connected := s.trouble == nil && !heard.IsZero()
-	s.mu.Unlock()
-	old := age(heard, now)
+	old := age(e.lastHeard(), now)
+	// One that has nothing to say is silent for up to a minute, one that died may
+	// be so for two before its connection counts as lost.
+	if old > limit/2 {
+		s.mu.Lock()
+		ask := s.ask
+		s.mu.Unlock()
+		if ask != nil {
+			ask()
+		}
+	}
+	next := min(limit/8, staleLookMost)
 	switch {
-	case connected || old <= limit:
+	case old <= limit:
 		s.setStale(nil, engine.Unrestricted)
+		next = min(next, limit-old+1)
 	case old <= limit+limit/4:
 		s.setStale(s.staleFor(old, limit), engine.NothingNew)
+		next = min(next, limit+limit/4-old+1)
 	default:
 		s.setStale(s.staleFor(old, limit), engine.Nothing)
 	}
-	return now.Add(max(staleLookLeast, min(limit/8, staleLookMost)))
+	return now.Add(max(staleLookLeast, next))
 }
 
 // isStale returns why the node is cut off, nil if it is not.

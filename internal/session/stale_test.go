@@ -72,6 +72,52 @@ func TestMaxStale(t *testing.T) {
 	}
 }
 
+// A connection to the control server that brings nothing is asked at half the
+// time, and no proof that the server is there when that is over.
+func TestSilenceIsStale(t *testing.T) {
+	const limit = time.Minute
+	asked := 0
+	s := &Session{cfg: Config{MaxStale: limit}, log: zap.NewNop(), turned: make(chan struct{}), disco: identity.NewDisco(), ask: func() { asked++ }}
+	s.cfg.RelayOnly = true
+	if err := s.startStack(); err != nil {
+		t.Fatal(err)
+	}
+	defer s.stack.Close()
+	client, err := control.New(control.Config{URL: "http://127.0.0.1:1", Machine: identity.NewMachine()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	e := &enrolment{cfg: s.cfg, client: client, state: identity.State{Node: identity.NewNode()}, savedAt: time.Now()}
+	if err := s.startEngine(e); err != nil {
+		t.Fatal(err)
+	}
+	defer s.closeEngine()
+	m, _, err := netmap.Apply(nil, &wire.MapResponse{Node: &wire.Node{ID: 1, Key: identity.NewNode().Public()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		old, next time.Duration
+		asked     int
+		stale     bool
+	}{
+		{0, limit / 8, 0, false},
+		{limit/2 + 1, limit / 8, 1, false},
+		{limit - 1, 2, 2, false},
+		{limit + 1, limit / 8, 3, true},
+		{limit + limit/4 - 1, staleLookLeast, 4, true},
+		{2 * limit, limit / 8, 5, true},
+		{0, limit / 8, 5, false},
+	} {
+		now := e.savedAt.Add(c.old)
+		next := s.checkStale(e, m, now).Sub(now)
+		if stale := errors.Is(s.isStale(), ErrStale); stale != c.stale || asked != c.asked || next != max(c.next, staleLookLeast) {
+			t.Errorf("after %v: %v, asked %d times, looks again after %v", c.old, s.isStale(), asked, next)
+		}
+	}
+}
+
 // Who is cut off hears it at once; listeners stay.
 func TestWaitWhileStale(t *testing.T) {
 	s := &Session{up: make(chan struct{}), ended: make(chan struct{}), turned: make(chan struct{})}
