@@ -191,7 +191,7 @@ func (p *Path) startRoundLocked(local []netip.Prefix, now instant) (tasks []task
 	targets, names := p.stunTargetsLocked(now)
 	e.round = newRound(now, targets, names)
 	if len(names) > 0 {
-		p.wg.Go(func() { p.resolve(names) }) // from the loop, which Close waits for
+		p.wg.Go(func() { p.resolve(names) }) // from mind, which Close waits for
 	}
 	return tasks, lost
 }

@@ -46,7 +46,7 @@ func (p *Path) dueGuess(pe *peer, now instant) {
 	p.mu.Unlock()
 	p.log.Debug("guess ports", zap.String("peer", pe.key.Short()))
 	p.sendMeet(pe, disco.Meet{Phase: disco.MeetGuess, ID: disco.NewTxID()}, now)
-	p.wg.Go(func() { // from the loop, which Close waits for
+	p.wg.Go(func() { // from mind, which Close waits for
 		p.openMany(pe, to)
 		p.mu.Lock()
 		p.guessing = false

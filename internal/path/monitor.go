@@ -20,12 +20,12 @@ const (
 	sleptFor    = 3 * time.Second       // a timer so late means that the process did not run
 )
 
-// watch is what the loop knows of watching the host's network.
+// watch is what mind knows of watching the host's network.
 type watch struct {
 	told  bool          // the system tells of changes; not changed once sockets are open
 	noted atomic.Uint32 // what it told since the last look: notedAddresses, notedRoute
 
-	// Of the loop alone.
+	// Of mind alone.
 	changeAt instant // when to look because of what was told, 0 = nothing was
 	quietTo  instant // not before
 

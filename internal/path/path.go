@@ -158,8 +158,12 @@ type Path struct {
 
 	homeNow atomic.Int32 // home.region, for those who hold no lock
 
-	wake  chan struct{} // capacity 1; the loop looks at its deadlines again
 	ready chan struct{} // closed when the node is reachable
+
+	minding *errand.Errand // mind
+	clock   clock          // of mind alone, as what follows
+	lookAt  instant        // when it planned to look next; 0 = not known yet
+	timer   *time.Timer    // asks for it then; nil before the first
 
 	bindMu sync.Mutex // guards opening and closing of sockets; taken before mu
 	closed bool       // under bindMu
@@ -211,7 +215,6 @@ func New(cfg Config) (*Path, error) {
 		listen: listen,
 		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
 		epoch:  time.Now().Add(-epochAge),
-		wake:   make(chan struct{}, 1),
 		ready:  make(chan struct{}),
 		calls:  make(map[*peer]struct{}),
 		meets:  make(map[*peer]lateMeet),
@@ -219,6 +222,7 @@ func New(cfg Config) (*Path, error) {
 	p.own.Store(newOwnKey(cfg.Key))
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.reporting = errand.New(p.tellReport)
+	p.minding = errand.New(p.mind)
 	p.peers.init()
 	p.home.init()
 	p.ends.init()
@@ -247,13 +251,14 @@ func New(cfg Config) (*Path, error) {
 	if !cfg.RelayOnly {
 		if err := p.openUDP(cfg.Port); err != nil {
 			p.cancel()
+			p.stopMinding()
 			if p.unwatch != nil {
 				p.unwatch()
 			}
 			return nil, err
 		}
 	}
-	p.wg.Go(p.loop)
+	p.poke()
 	return p, nil
 }
 
@@ -404,6 +409,7 @@ func (p *Path) Close() error {
 	p.closeWays(netip.AddrPort{})
 	p.bindMu.Unlock()
 	p.relays.close()
+	p.stopMinding()
 	p.wg.Wait()
 	p.reporting.Close()
 	if p.unwatch != nil {
@@ -422,38 +428,35 @@ func (p *Path) time(t instant) time.Time {
 	return p.epoch.Add(t)
 }
 
-// poke makes the loop look at its deadlines again.
-func (p *Path) poke() { signal(p.wake) }
+// poke has deadlines be looked at again.
+func (p *Path) poke() { p.minding.Ask() }
 
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
+// mind does what is due, and looks again when more is.
+func (p *Path) mind() {
+	if p.ctx.Err() != nil {
+		return
+	}
+	if p.clock.slept(p.now(), p.lookAt, time.Now()) {
+		p.log.Debug("the host or this process slept")
+		p.NetworkChanged()
+	}
+	p.lookAt = p.dueWatch()
+	if at, ok := p.due(p.now()); ok {
+		p.lookAt = min(p.lookAt, at)
+	}
+	wait := max(p.lookAt-p.now(), 0)
+	if p.timer == nil {
+		p.timer = time.AfterFunc(wait, p.poke)
+	} else {
+		p.timer.Reset(wait)
 	}
 }
 
-// loop does what is due at some time.
-func (p *Path) loop() {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	var c clock
-	var next instant // 0 = not known yet
-	for {
-		if c.slept(p.now(), next, time.Now()) {
-			p.log.Debug("the host or this process slept")
-			p.NetworkChanged()
-		}
-		next = p.dueWatch()
-		if at, ok := p.due(p.now()); ok {
-			next = min(next, at)
-		}
-		timer.Reset(max(next-p.now(), 0))
-		select {
-		case <-timer.C:
-		case <-p.wake:
-		case <-p.ctx.Done():
-			return
-		}
+// stopMinding returns when mind does not run any more.
+func (p *Path) stopMinding() {
+	p.minding.Close()
+	if p.timer != nil {
+		p.timer.Stop()
 	}
 }
 

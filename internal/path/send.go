@@ -237,7 +237,7 @@ func (p *Path) sendRelay(region int, dst identity.NodePublic, datagrams ...[]byt
 	return p.relays.send(region, dst, datagrams...)
 }
 
-// checkIdle makes the loop look for idle relays from now on.
+// checkIdle makes mind look for idle relays from now on.
 func (p *Path) checkIdle() {
 	p.mu.Lock()
 	if p.idleCheck == 0 {

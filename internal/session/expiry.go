@@ -11,6 +11,7 @@ import (
 	"mesh/control/wire"
 	"mesh/identity"
 	"mesh/internal/backoff"
+	"mesh/internal/errand"
 	"mesh/internal/netmap"
 )
 
@@ -34,9 +35,8 @@ func (s *Session) apply(told *netmap.Map, d netmap.Delta) bool {
 	}
 	s.maps = appliedMaps{told, m}
 	s.tellMap()
-	select {
-	case s.mapped <- struct{}{}:
-	default:
+	if s.expiry != nil {
+		s.expiry.looking.Ask()
 	}
 	return err == nil
 }
@@ -84,45 +84,76 @@ func (s *Session) shutOut() {
 // may be set, and timers stand still while a machine sleeps.
 const clockCheck = time.Minute
 
-// watchExpiry puts keys out of use when they expire, whether or not the control
-// server is there to say so. It returns wire.ErrNodeKeyExpired when the node's
-// own key has, and nil when ctx ends. It also sees to it that the node's key is
-// replaced long before.
-func (s *Session) watchExpiry(ctx context.Context, e *enrolment) error {
-	var good time.Time // an expiry of our own that the control server does not insist on
-	for {
-		s.applying.Lock()
-		m := s.maps.told
-		s.applying.Unlock()
-		var wait <-chan time.Time
-		if m != nil {
-			now := time.Now()
-			if self := m.Self(); m.Expired(self, now) && self.Key == e.key() && (good.IsZero() || !good.Equal(self.KeyExpiry)) {
-				if !s.stillGood(ctx, e, self.Key) {
-					if ctx.Err() != nil {
-						return nil
-					}
-					return wire.ErrNodeKeyExpired
-				}
-				good = self.KeyExpiry
-			}
-			s.applyExpiry(now)
-			next := s.renewSoon(now, m.Renewal(now))
-			for _, at := range []time.Time{m.NextExpiry(now), s.checkStale(e, m, now)} {
-				if next.IsZero() || !at.IsZero() && at.Before(next) {
-					next = at
-				}
-			}
-			if !next.IsZero() {
-				wait = time.After(max(0, min(next.Sub(now), clockCheck)))
-			}
+// expiryWatch puts keys out of use when they expire, whether or not the control
+// server is there to say so, and ends what it watches with wire.ErrNodeKeyExpired
+// when the node's own key has. It also sees to it that the node's key is replaced
+// long before.
+type expiryWatch struct {
+	s       *Session
+	ctx     context.Context
+	e       *enrolment
+	end     context.CancelCauseFunc
+	looking *errand.Errand // look
+
+	// Of look alone.
+	good  time.Time   // an expiry of our own that the control server does not insist on
+	timer *time.Timer // asks for it; nil before the first
+}
+
+// watchExpiry begins, until ctx ends. The caller closes what it returns.
+func (s *Session) watchExpiry(ctx context.Context, e *enrolment, end context.CancelCauseFunc) *expiryWatch {
+	w := &expiryWatch{s: s, ctx: ctx, e: e, end: end}
+	w.looking = errand.New(w.look)
+	s.applying.Lock()
+	s.expiry = w
+	s.applying.Unlock()
+	w.looking.Ask()
+	return w
+}
+
+// close returns when look does not run any more; ctx has ended.
+func (w *expiryWatch) close() {
+	w.looking.Close()
+	if w.timer != nil {
+		w.timer.Stop()
+	}
+}
+
+// look does what is due.
+func (w *expiryWatch) look() {
+	s := w.s
+	s.applying.Lock()
+	m := s.maps.told
+	s.applying.Unlock()
+	if m == nil || w.ctx.Err() != nil {
+		return
+	}
+	now := time.Now()
+	if self := m.Self(); m.Expired(self, now) && self.Key == w.e.key() && (w.good.IsZero() || !w.good.Equal(self.KeyExpiry)) {
+		if !s.stillGood(w.ctx, w.e, self.Key) {
+			w.end(wire.ErrNodeKeyExpired)
+			return
 		}
-		select {
-		case <-wait:
-		case <-s.mapped:
-		case <-ctx.Done():
-			return nil
+		w.good = self.KeyExpiry
+	}
+	s.applyExpiry(now)
+	next := s.renewSoon(now, m.Renewal(now))
+	for _, at := range []time.Time{m.NextExpiry(now), s.checkStale(w.e, m, now)} {
+		if next.IsZero() || !at.IsZero() && at.Before(next) {
+			next = at
 		}
+	}
+	if w.timer != nil {
+		w.timer.Stop()
+	}
+	if next.IsZero() {
+		return
+	}
+	wait := max(0, min(next.Sub(now), clockCheck))
+	if w.timer == nil {
+		w.timer = time.AfterFunc(wait, w.looking.Ask)
+	} else {
+		w.timer.Reset(wait)
 	}
 }
 

@@ -46,14 +46,19 @@ func TestOwnExpiry(t *testing.T) {
 					t.Fatal(err)
 				}
 				server := &answers{errs: tc.errs}
-				s := &Session{log: zap.NewNop(), mapped: make(chan struct{}, 1), maps: appliedMaps{m, m}}
+				s := &Session{log: zap.NewNop(), maps: appliedMaps{m, m}}
 				e := &enrolment{log: zap.NewNop(), server: server}
 				e.public.Store(&key)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 				defer cancel()
-				if err := s.watchExpiry(ctx, e); !errors.Is(err, tc.want) {
+				watched, end := context.WithCancelCause(ctx)
+				w := s.watchExpiry(watched, e, end)
+				<-watched.Done()
+				if err := context.Cause(watched); tc.want != nil && !errors.Is(err, tc.want) || tc.want == nil && ctx.Err() == nil {
 					t.Errorf("error %v", err)
 				}
+				end(nil)
+				w.close()
 				if took := time.Since(begin); took != tc.took {
 					t.Errorf("it took %v, want %v", took, tc.took)
 				}

@@ -92,30 +92,26 @@ func (s *Session) serve(e *enrolment, saved *netmap.Map, trouble error) error {
 	}
 	key := e.key()
 	wg.Go(func() {
-		if err := s.keepRegistering(ctx, e, trouble); err != nil {
-			end(err)
-			return
-		}
-		if e.key() != key {
-			s.adoptKey(ctx, e) // the one that a crash had kept from use
-		}
-		var once sync.Once
-		end(s.coordinate(ctx, e, saved, func() {
-			once.Do(func() {
-				if saved == nil {
-					close(first)
-				}
-			})
-		}))
-	})
-	wg.Go(func() {
 		if err := s.comeUp(ctx, e, first); err != nil {
 			end(err)
 		}
 	})
-	if err := s.watchExpiry(ctx, e); err != nil {
+	defer s.watchExpiry(ctx, e, end).close()
+	if err := s.keepRegistering(ctx, e, trouble); err != nil {
 		end(err)
+		return context.Cause(ctx)
 	}
+	if e.key() != key {
+		s.adoptKey(ctx, e) // the one that a crash had kept from use
+	}
+	var once sync.Once
+	end(s.coordinate(ctx, e, saved, func() {
+		once.Do(func() {
+			if saved == nil {
+				close(first)
+			}
+		})
+	}))
 	return context.Cause(ctx)
 }
 

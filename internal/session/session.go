@@ -70,9 +70,9 @@ type Session struct {
 	// closed.
 	engine atomic.Pointer[engine.Engine]
 
-	applying sync.Mutex    // serialises apply; guards maps
-	maps     appliedMaps   // of the present engine
-	mapped   chan struct{} // a token when there is another map
+	applying sync.Mutex   // serialises apply; guards what follows
+	maps     appliedMaps  // of the present engine
+	expiry   *expiryWatch // told when there is another map; nil before there is one
 
 	late atomic.Uint64 // see Dropped.Late
 
@@ -101,7 +101,6 @@ func Start(cfg Config) *Session {
 		up:       make(chan struct{}),
 		ended:    make(chan struct{}),
 		finished: make(chan struct{}),
-		mapped:   make(chan struct{}, 1),
 		turned:   make(chan struct{}),
 		another:  make(chan struct{}),
 		disco:    identity.NewDisco(),

@@ -43,8 +43,7 @@ func age(then, now time.Time) time.Duration {
 
 // checkStale takes the node out of use as far as the age of what it knows asks
 // for, and back when the control server is there. It returns when to look again,
-// zero for not before there is another map. Only the goroutine of watchExpiry
-// calls it.
+// zero for not before there is another map. Only expiryWatch calls it.
 func (s *Session) checkStale(e *enrolment, m *netmap.Map, now time.Time) time.Time {
 	limit := s.maxStale(m)
 	if limit == 0 {

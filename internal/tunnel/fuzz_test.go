@@ -31,7 +31,7 @@ func newPuppets(tb testing.TB) (x, y *puppet) {
 	for i, p := range both {
 		other := both[1-i]
 		var err error
-		p.t, err = build(Config{
+		p.t, err = New(Config{
 			Key: p.private,
 			Lookup: func(k identity.NodePublic) (Peer, bool) {
 				return Peer{Key: k, AllowedIPs: []netip.Prefix{netip.PrefixFrom(other.v4, 32)}}, k == other.key
@@ -51,6 +51,7 @@ func newPuppets(tb testing.TB) (x, y *puppet) {
 		if err != nil {
 			tb.Fatal(err)
 		}
+		p.t.working.Close() // take works
 		p.t.strange = rate.NewLimiter(rate.Inf, 1)
 		tb.Cleanup(func() { p.t.Close() })
 	}

@@ -99,6 +99,7 @@ func (t *Tunnel) queue(src *Source, msg []byte) {
 	select {
 	case t.knocks <- k:
 		t.stats.datagramsIn.Add(1)
+		t.working.Ask()
 	default:
 		t.stats.dropBacklog.Add(1)
 	}
@@ -426,6 +427,7 @@ func (t *Tunnel) retryHeld(keys []identity.NodePublic) {
 	for _, k := range again {
 		select {
 		case t.knocks <- k:
+			t.working.Ask()
 		default:
 			t.stats.dropBacklog.Add(1)
 		}

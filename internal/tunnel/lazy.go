@@ -173,10 +173,7 @@ func (t *Tunnel) apply(wishes []wish, m mode) (lost []*peer, contested []identit
 		p.prefixes = w.prefixes
 	}
 	if made {
-		select {
-		case t.born <- struct{}{}:
-		default:
-		}
+		t.summon(t.born)
 	}
 	return lost, contested
 }

@@ -134,6 +134,7 @@ func (t *Tunnel) lostSession(src *Source, length int) {
 	if length > keepaliveSize && !src.Peer.IsZero() {
 		select {
 		case t.lost <- src.Peer:
+			t.working.Ask()
 		default:
 		}
 	}

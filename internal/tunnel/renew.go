@@ -31,6 +31,7 @@ func (t *Tunnel) Renew(peer identity.NodePublic) {
 	p.mu.Unlock()
 	select {
 	case t.lost <- peer:
+		t.working.Ask()
 	default: // many at once: the timer finds out
 	}
 }

@@ -62,10 +62,7 @@ func (t *Tunnel) ring(p *peer, at int64) {
 	p.alarm.Store(at)
 	heap.Push(&t.alarms.heap, alarmEntry{at, p})
 	if t.alarms.heap[0].peer == p {
-		select {
-		case t.alarms.poke <- struct{}{}:
-		default:
-		}
+		t.summon(t.alarms.poke)
 	}
 }
 

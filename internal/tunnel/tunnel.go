@@ -35,6 +35,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"mesh/identity"
+	"mesh/internal/errand"
 )
 
 // MTU is the size in bytes of the largest IP packet that nodes send through a
@@ -163,23 +164,21 @@ type Tunnel struct {
 	greeted map[identity.NodePublic]time.Time // when a peer was greeted last; of the worker alone
 	lost    chan identity.NodePublic          // peers that use a session we do not have
 	born    chan struct{}                     // a peer was created: the idle timer has to run
+	settled chan struct{}                     // capacity 1: the idle timer is over
+	working *errand.Errand                    // work; asked for by who sends on one of the channels above
+	timers  timers                            // of the worker alone
 	closing chan struct{}
-	done    chan struct{}  // Close has finished
-	wg      sync.WaitGroup // the worker
+	done    chan struct{} // Close has finished
+}
+
+// timers ask for the worker. Both are nil until they are needed first.
+type timers struct {
+	alarm, idle *time.Timer
+	idles       bool // idle runs
 }
 
 // New starts a Tunnel. It holds no peer until there is traffic.
 func New(cfg Config) (*Tunnel, error) {
-	t, err := build(cfg)
-	if err != nil {
-		return nil, err
-	}
-	t.wg.Go(t.work)
-	return t, nil
-}
-
-// build makes a Tunnel whose worker does not run.
-func build(cfg Config) (*Tunnel, error) {
 	switch {
 	case cfg.Key.IsZero():
 		return nil, errors.New("tunnel: no private key")
@@ -214,10 +213,12 @@ func build(cfg Config) (*Tunnel, error) {
 		greeted:  make(map[identity.NodePublic]time.Time),
 		lost:     make(chan identity.NodePublic, 16),
 		born:     make(chan struct{}, 1),
+		settled:  make(chan struct{}, 1),
 		closing:  make(chan struct{}),
 		done:     make(chan struct{}),
 	}
 	t.keys.Store(&keyring{current: key})
+	t.working = errand.New(t.work)
 	return t, nil
 }
 
@@ -235,7 +236,8 @@ func (t *Tunnel) Close() error {
 	}
 	close(t.closing)
 	t.calls.close()
-	t.wg.Wait()
+	t.working.Close()
+	t.timers.stop()
 	t.route.Lock()
 	t.mu.Lock()
 	for _, p := range t.peers {
@@ -431,14 +433,8 @@ func (t *Tunnel) isClosing() bool {
 }
 
 // work reads handshake messages, minds the timers and removes idle peers, one
-// after the other.
+// after the other, until there is nothing of that to do.
 func (t *Tunnel) work() {
-	idle, alarm := time.NewTimer(0), time.NewTimer(0)
-	defer idle.Stop()
-	defer alarm.Stop()
-	idle.Stop()
-	alarm.Stop()
-	armed := false
 	for {
 		select {
 		case <-t.closing:
@@ -448,25 +444,21 @@ func (t *Tunnel) work() {
 		case key := <-t.lost:
 			t.greet(key)
 		case <-t.alarms.poke:
-			t.tendDue(alarm)
-		case <-alarm.C:
-			t.tendDue(alarm)
+			t.tendDue()
 		case <-t.born:
-			if !armed {
-				armed = true
-				idle.Reset(t.cfg.IdleAfter)
+			if !t.timers.idles {
+				t.evictAfter(t.cfg.IdleAfter)
 			}
-		case <-idle.C:
-			next := t.evictIdle()
-			if armed = next > 0; armed {
-				idle.Reset(next)
-			}
+		case <-t.settled:
+			t.evictAfter(t.evictIdle())
+		default:
+			return
 		}
 	}
 }
 
 // tendDue does what is due and sets the timer for what is next.
-func (t *Tunnel) tendDue(alarm *time.Timer) {
+func (t *Tunnel) tendDue() {
 	for {
 		peers, next := t.alarms.due(t.instant())
 		for _, p := range peers {
@@ -475,11 +467,42 @@ func (t *Tunnel) tendDue(alarm *time.Timer) {
 		if len(peers) > 0 {
 			continue // tending set new alarms
 		}
-		if next > 0 {
-			alarm.Reset(next)
-		} else {
-			alarm.Stop()
-		}
+		t.summonAfter(&t.timers.alarm, next, t.alarms.poke)
 		return
+	}
+}
+
+// evictAfter has idle peers be looked for after d, 0 = not again.
+func (t *Tunnel) evictAfter(d time.Duration) {
+	t.timers.idles = d > 0
+	t.summonAfter(&t.timers.idle, d, t.settled)
+}
+
+// summonAfter sets a timer to ask for the worker, 0 = never.
+func (t *Tunnel) summonAfter(timer **time.Timer, d time.Duration, why chan<- struct{}) {
+	switch {
+	case *timer != nil && d > 0:
+		(*timer).Reset(d)
+	case *timer != nil:
+		(*timer).Stop()
+	case d > 0:
+		*timer = time.AfterFunc(d, func() { t.summon(why) })
+	}
+}
+
+// summon has the worker look at a channel of capacity 1.
+func (t *Tunnel) summon(why chan<- struct{}) {
+	select {
+	case why <- struct{}{}:
+	default:
+	}
+	t.working.Ask()
+}
+
+func (t *timers) stop() {
+	for _, timer := range []*time.Timer{t.alarm, t.idle} {
+		if timer != nil {
+			timer.Stop()
+		}
 	}
 }
