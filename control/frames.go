@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -21,11 +23,13 @@ import (
 type frameReader struct {
 	r          io.Reader
 	compressed bool
-	zstd       *zstd.Decoder // nil until needed, and after a large message
-	buf        bytes.Buffer  // a small message
 	maxWire    int
 	maxJSON    int
 	heard      func() // called when a message has come; nil = nobody cares
+
+	mu     sync.Mutex  // guards what follows
+	spare  *unpacker   // nil while a message is read, when none came for a while, and after a large one
+	forget *time.Timer // nil before the first message
 }
 
 const (
@@ -43,10 +47,50 @@ func newFrameReader(r io.Reader, compressed bool, maxWire, maxJSON int) *frameRe
 	return &frameReader{r: r, compressed: compressed, maxWire: maxWire, maxJSON: maxJSON}
 }
 
+// unpacker is what reading a message takes, beside the message.
+type unpacker struct {
+	buf  bytes.Buffer  // a small message
+	zstd *zstd.Decoder // nil until needed
+}
+
+// keepUnpacker is how long it is kept for the next message.
+const keepUnpacker = time.Second
+
+// take returns what is there to read a message with.
+func (f *frameReader) take() *unpacker {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	u := f.spare
+	f.spare = nil
+	if u == nil {
+		u = new(unpacker)
+	}
+	return u
+}
+
+// keep keeps it for a while.
+func (f *frameReader) keep(u *unpacker) {
+	u.buf.Reset()
+	if u.zstd != nil && u.zstd.Reset(nil) != nil {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.spare = u
+	if f.forget == nil {
+		f.forget = time.AfterFunc(keepUnpacker, f.close)
+	} else {
+		f.forget.Reset(keepUnpacker)
+	}
+}
+
+// close gives back what is kept.
 func (f *frameReader) close() {
-	if f.zstd != nil {
-		f.zstd.Close()
-		f.zstd = nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.spare = nil
+	if f.forget != nil {
+		f.forget.Stop()
 	}
 }
 
@@ -61,18 +105,18 @@ func (f *frameReader) next(msg any) error {
 	if n > int64(f.maxWire) {
 		return fmt.Errorf("message of %d bytes is too long", n)
 	}
+	u := f.take()
 	frame := &exactly{r: f.r, left: n}
 	var in io.Reader = frame
 	if n <= smallFrame {
-		f.buf.Reset()
-		if _, err := f.buf.ReadFrom(frame); err != nil {
+		if _, err := u.buf.ReadFrom(frame); err != nil {
 			return err
 		}
-		in = &f.buf
+		in = &u.buf
 	}
 	if f.compressed {
 		var err error
-		if in, err = f.unpack(in); err != nil {
+		if in, err = u.unpack(in, f.maxJSON); err != nil {
 			return fmt.Errorf("decompress message: %w", err)
 		}
 	}
@@ -83,8 +127,8 @@ func (f *frameReader) next(msg any) error {
 		_, err = io.Copy(io.Discard, frame)
 	}
 	read := int64(f.maxJSON) - text.left
-	if read > keepText {
-		f.close()
+	if read <= keepText {
+		f.keep(u)
 	}
 	switch {
 	case err == nil:
@@ -103,17 +147,17 @@ func (f *frameReader) next(msg any) error {
 	return nil
 }
 
-// unpack returns what is in a message in zstd.
-func (f *frameReader) unpack(in io.Reader) (io.Reader, error) {
-	if f.zstd == nil {
+// unpack returns what is in a message in zstd, most bytes at most.
+func (u *unpacker) unpack(in io.Reader, most int) (io.Reader, error) {
+	if u.zstd == nil {
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxMemory(uint64(f.maxJSON)), zstd.WithDecoderMaxWindow(maxWindow))
+			zstd.WithDecoderMaxMemory(uint64(most)), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, err
 		}
-		f.zstd = d
+		u.zstd = d
 	}
-	return f.zstd, f.zstd.Reset(in)
+	return u.zstd, u.zstd.Reset(in)
 }
 
 // exactly reads so many bytes; an end before that is io.ErrUnexpectedEOF.

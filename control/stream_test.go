@@ -172,9 +172,44 @@ func TestFrameBounds(t *testing.T) {
 	// A length that never comes takes no memory.
 	r := newFrameReader(bytes.NewReader([]byte{0, 0, 0, 4, '{'}), false, wire.MaxMapFrame, wire.MaxMapMessage)
 	var m wire.MapResponse
-	if err := r.next(&m); err != io.ErrUnexpectedEOF || r.buf.Cap() > 1<<16 {
-		t.Errorf("%v with %d bytes of buffer", err, r.buf.Cap())
+	if err := r.next(&m); err != io.ErrUnexpectedEOF {
+		t.Error(err)
 	}
+	if n := r.take().buf.Cap(); n > 1<<16 {
+		t.Errorf("%d bytes of buffer stay", n)
+	}
+}
+
+// TestQuietStreamKeepsNothing checks that what messages are unpacked with is there
+// for the next of a burst, and gone after it.
+func TestQuietStreamKeepsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		message := frame(pack([]byte(`{"Domain":"x"}`)))
+		r := newFrameReader(bytes.NewReader(bytes.Repeat(message, 3)), true, wire.MaxMapFrame, wire.MaxMapMessage)
+		spare := func() *unpacker {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return r.spare
+		}
+		var first *unpacker
+		for i := range 3 {
+			var m wire.MapResponse
+			if err := r.next(&m); err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 {
+				first = spare()
+			} else if spare() != first {
+				t.Errorf("message %d was unpacked with something else", i)
+			}
+			time.Sleep(keepUnpacker - 1)
+		}
+		time.Sleep(1)
+		synctest.Wait()
+		if spare() != nil {
+			t.Error("it stays")
+		}
+	})
 }
 
 func FuzzFrames(f *testing.F) {

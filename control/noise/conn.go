@@ -1,7 +1,6 @@
 package noise
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/cipher"
 	"encoding/binary"
@@ -24,7 +23,6 @@ const (
 	maxFrame  = 4096 // with its header
 	maxPlain  = maxFrame - frameHeader - tagLen
 	batch     = 5              // records in one write to the connection below: what an HTTP/2 frame of 16 KiB needs
-	readAhead = 2 * maxFrame   // at least one whole frame
 	maxEarly  = 1 << 20        // bytes of JSON in an early payload
 	earlyHead = 5 + 4          // magic, length
 	maxCount  = math.MaxUint64 // this nonce is never used
@@ -49,8 +47,8 @@ type Conn struct {
 	peer    identity.MachinePublic
 	version uint16
 
-	rmu    sync.Mutex    // guards the members below
-	in     *bufio.Reader // of conn; holds at least a frame
+	rmu    sync.Mutex // guards the members below
+	in     ahead      // of conn
 	open   cipher.AEAD
 	rcount uint64
 	rnonce [chacha20poly1305.NonceSize]byte
@@ -77,7 +75,7 @@ type Conn struct {
 func newConn(conn net.Conn, in io.Reader, peer identity.MachinePublic, version uint16, open, seal cipher.AEAD) *Conn {
 	return &Conn{
 		conn: conn, peer: peer, version: version, open: open, seal: seal,
-		in: bufio.NewReaderSize(in, readAhead),
+		in: ahead{r: in},
 	}
 }
 
@@ -167,13 +165,13 @@ func (c *Conn) readRecord() ([]byte, error) {
 		return nil, fmt.Errorf("%w: not authentic", ErrRecord)
 	}
 	c.rcount++
-	c.in.Discard(len(frame)) // never fails: the frame is buffered
+	c.in.discard(len(frame))
 	return plain, nil
 }
 
 // peek waits until n bytes are buffered.
 func (c *Conn) peek(n int) ([]byte, error) {
-	b, err := c.in.Peek(n)
+	b, err := c.in.peek(n)
 	if err == io.EOF && (len(b) > 0 || n > frameHeader) {
 		err = io.ErrUnexpectedEOF
 	}

@@ -478,7 +478,7 @@ func FuzzRecords(f *testing.F) {
 		if client {
 			c.wantEarly = true
 		} else {
-			s.in = bufioReader(bytes.NewReader(in))
+			s.in = ahead{r: bytes.NewReader(in)}
 			c = s
 		}
 		got, _ := io.ReadAll(c)

@@ -95,16 +95,13 @@ func Dial(ctx context.Context, cfg ClientConfig) (*Conn, error) {
 	return c, nil
 }
 
-// meter reads up to left bytes of r; negative means without limit.
+// meter reads up to left bytes of r.
 type meter struct {
 	r    io.Reader
 	left int
 }
 
 func (m *meter) Read(p []byte) (int, error) {
-	if m.left < 0 {
-		return m.r.Read(p)
-	}
 	if m.left == 0 {
 		return 0, errors.New("answer is too long")
 	}
@@ -147,8 +144,7 @@ func upgrade(conn net.Conn, cfg ClientConfig, hs *initiator, msg []byte) (*Conn,
 	if err != nil {
 		return nil, err
 	}
-	limited.left = -1
-	c := newConn(conn, in, cfg.ServerKey, cfg.Version, down, up)
+	c := newConn(conn, after(in, conn), cfg.ServerKey, cfg.Version, down, up)
 	c.wantEarly = true
 	return c, nil
 }
@@ -177,6 +173,16 @@ func readResponse(in io.Reader) ([]byte, error) {
 	default:
 		return nil, fmt.Errorf("%w: answer of type %d, %d bytes", ErrHandshake, msg[0], n)
 	}
+}
+
+// after returns what follows HTTP: what was read too far of conn, and the rest.
+func after(read *bufio.Reader, conn net.Conn) io.Reader {
+	n := read.Buffered()
+	if n == 0 {
+		return conn
+	}
+	early, _ := read.Peek(n)
+	return io.MultiReader(bytes.NewReader(bytes.Clone(early)), conn)
 }
 
 func noEOF(err error) error {
@@ -230,13 +236,7 @@ func Accept(w http.ResponseWriter, r *http.Request, serverKey identity.MachinePr
 	}
 	out.Write(a.response)
 
-	// What the HTTP server read too far belongs to the records.
-	var in io.Reader = conn
-	if n := rw.Reader.Buffered(); n > 0 {
-		ahead, _ := rw.Reader.Peek(n)
-		in = io.MultiReader(bytes.NewReader(bytes.Clone(ahead)), conn)
-	}
-	c := newConn(conn, in, a.peer, a.version, a.up, a.down)
+	c := newConn(conn, after(rw.Reader, conn), a.peer, a.version, a.up, a.down)
 	if opts.EarlyPayload != nil {
 		early := binary.BigEndian.AppendUint32(bytes.Clone(earlyMagic), uint32(len(opts.EarlyPayload)))
 		for p := range slices.Chunk(append(early, opts.EarlyPayload...), maxPlain) {
