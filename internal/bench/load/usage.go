@@ -24,11 +24,17 @@ type Usage struct {
 	Sockets    float64 // those of Files that are sockets of the internet
 }
 
-// UsageArgs say whether to collect garbage and give memory back first.
+// UsageArgs say whether to wait until the process is at rest, collect garbage and
+// give memory back first.
 type UsageArgs struct{ Collect bool }
+
+// rest is how long a process has before what it holds counts as held: buffers may
+// be kept for a second or two after use.
+const rest = 3 * time.Second
 
 func (a *agent) usage(_ context.Context, u UsageArgs) (any, error) {
 	if u.Collect {
+		time.Sleep(rest)
 		runtime.GC()
 		debug.FreeOSMemory()
 	}
