@@ -14,7 +14,7 @@ import (
 // one, and their data in one piece of memory is cheaper to read than in many.
 type run struct {
 	count   int
-	headers int // length of IP and TCP header, 0 for a single packet
+	headers int // length of IP and TCP header, 0 if the first cannot be joined with others
 	bytes   int // length of the packet that they make
 	flags   byte
 }
@@ -32,19 +32,18 @@ func join(packets [][]byte) run {
 	if hdr == 0 {
 		return r
 	}
+	r.headers, r.flags = hdr, first[l3+header.TCPFlagsOffset]
 	size := len(first) - hdr
 	next := binary.BigEndian.Uint32(first[l3+header.TCPSeqNumOffset:]) + uint32(size)
-	flags := first[l3+header.TCPFlagsOffset]
 	for _, p := range packets[1:] {
 		n := len(p) - hdr
-		if flags&tcpEndsRun != 0 || n <= 0 || n > size || r.bytes+n > maxMTU || !continues(first, p, l3, hdr, next) {
+		if r.flags&tcpEndsRun != 0 || n <= 0 || n > size || r.bytes+n > maxMTU || !continues(first, p, l3, hdr, next) {
 			break
 		}
-		flags = p[l3+header.TCPFlagsOffset]
+		r.flags = p[l3+header.TCPFlagsOffset]
 		next += uint32(n)
 		r.count++
 		r.bytes += n
-		r.headers, r.flags = hdr, flags
 		if n < size {
 			break // what follows a short segment begins something new
 		}
@@ -109,18 +108,39 @@ func continues(first, p []byte, l3, hdr int, next uint32) bool {
 		bytes.Equal(a[header.TCPMinimumSize:], b[header.TCPMinimumSize:]) // options
 }
 
-// view copies the run to memory of gVisor, as one packet. Its TCP checksum is
+// apart is the size from which the headers of a run get memory of their own:
+// gVisor copies all of a piece, to read the header in it, while it holds on to the
+// piece elsewhere, as it does for each packet of IPv4.
+const apart = 4 << 10
+
+// buffer copies the run to memory of gVisor, as one packet. Its TCP checksum is
 // that of the first, which nobody looks at: see link.Capabilities.
-func (r run) view(packets [][]byte) *buffer.View {
-	v := buffer.NewView(r.bytes)
-	v.Write(packets[0])
+func (r run) buffer(packets [][]byte) buffer.Buffer {
+	if r.bytes < apart || r.headers == 0 {
+		v := buffer.NewView(r.bytes)
+		v.Write(packets[0])
+		for _, p := range packets[1:r.count] {
+			v.Write(p[r.headers:])
+		}
+		r.mend(v.AsSlice())
+		return buffer.MakeWithView(v)
+	}
+	head := buffer.NewViewWithData(packets[0][:r.headers])
+	r.mend(head.AsSlice())
+	b := buffer.MakeWithView(head)
+	data := buffer.NewView(r.bytes - r.headers)
+	for _, p := range packets[:r.count] {
+		data.Write(p[r.headers:])
+	}
+	b.Append(data)
+	return b
+}
+
+// mend makes the headers of the first packet those of the whole run.
+func (r run) mend(b []byte) {
 	if r.count == 1 {
-		return v
+		return
 	}
-	for _, p := range packets[1:r.count] {
-		v.Write(p[r.headers:])
-	}
-	b := v.AsSlice()
 	l3 := header.IPv6MinimumSize
 	if b[0]>>4 == 4 {
 		l3 = header.IPv4MinimumSize
@@ -132,5 +152,4 @@ func (r run) view(packets [][]byte) *buffer.View {
 		header.IPv6(b).SetPayloadLength(uint16(r.bytes - l3))
 	}
 	b[l3+header.TCPFlagsOffset] = r.flags
-	return v
 }

@@ -62,8 +62,8 @@ func TestJoin(t *testing.T) {
 		if r.count != len(packets) {
 			t.Fatalf("v4 %v: %d of %d segments joined", v4, r.count, len(packets))
 		}
-		view := r.view(packets)
-		got := view.AsSlice()
+		b := r.buffer(packets)
+		got := b.Flatten()
 		l3 := 40
 		if v4 {
 			l3 = 20
@@ -82,7 +82,7 @@ func TestJoin(t *testing.T) {
 		if !bytes.Equal(got[l3+20+len(options):], data) {
 			t.Error("the data is not that of the segments")
 		}
-		view.Release()
+		b.Release()
 	}
 }
 
@@ -176,9 +176,9 @@ func FuzzJoin(f *testing.F) {
 		if r.count < 1 || r.count > len(packets) {
 			t.Fatalf("%d of %d packets joined", r.count, len(packets))
 		}
-		v := r.view(packets)
-		defer v.Release()
-		got := v.AsSlice()
+		b := r.buffer(packets)
+		defer b.Release()
+		got := b.Flatten()
 		if r.count == 1 {
 			if !bytes.Equal(got, packets[0]) {
 				t.Fatal("a single packet is not what came")

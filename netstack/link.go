@@ -6,7 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -124,7 +123,7 @@ func (l *link) deliver(packets [][]byte) {
 			packets = packets[run.count:]
 			continue
 		}
-		pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(run.view(packets))})
+		pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: run.buffer(packets)})
 		(*dispatcher).DeliverNetworkPacket(proto, pkt)
 		pkt.DecRef()
 		packets = packets[run.count:]
