@@ -149,10 +149,10 @@ func (n *memNet) deliver(from, to netip.AddrPort, b []byte) {
 	case isStun:
 		tx, err := stun.ParseRequest(b)
 		if err == nil {
-			time.AfterFunc(rtt, func() { n.deliver(to, from, stun.AppendResponse(nil, tx, from)) })
+			time.AfterFunc(max(rtt, 1), func() { n.deliver(to, from, stun.AppendResponse(nil, tx, from)) })
 		}
 	case dst != nil:
-		time.AfterFunc(delay, func() {
+		time.AfterFunc(max(delay, 1), func() { // see vnet's armLocked
 			select {
 			case dst.in <- memPacket{from, b}:
 			default:

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,7 +17,7 @@ import (
 func (nw *network) slow(delay time.Duration) {
 	nw.wire = func(from, to *node, d []byte) [][]byte {
 		src := Source{Peer: from.key}
-		time.AfterFunc(delay, func() { to.arrive(src, [][]byte{d}) })
+		later(delay, func() { to.arrive(src, [][]byte{d}) })
 		return nil
 	}
 }
@@ -101,12 +102,12 @@ func TestLostFirstInitiation(t *testing.T) {
 func TestCookieForStranger(t *testing.T) {
 	bubble(t, func(t *testing.T, nw *network) {
 		var j *judge
-		replies := 0
+		var replies atomic.Int64
 		n := nw.add(t, "n", 1, func(c *Config) {
 			c.Send = func(to identity.NodePublic, a netip.AddrPort, d [][]byte) error { return j.send(to, a, d) }
 			c.Reply = func(a netip.AddrPort, d []byte) {
 				if a == j.addr {
-					replies++
+					replies.Add(1)
 					j.send(j.key, a, [][]byte{d})
 				}
 			}
@@ -134,7 +135,7 @@ func TestCookieForStranger(t *testing.T) {
 		if s := n.t.Stats(); s.PacketsIn == 0 {
 			t.Errorf("nothing arrived in the flood: %+v", s)
 		}
-		t.Logf("in after %v, %d cookies", time.Since(begin), replies)
+		t.Logf("in after %v, %d cookies", time.Since(begin), replies.Load())
 		wg.Wait()
 	})
 }

@@ -57,7 +57,7 @@ func TestRotation(t *testing.T) {
 								}
 								for _, d := range datagrams {
 									d = append([]byte(nil), d...)
-									time.AfterFunc(trip, func() { nodes[1-i].arrive(Source{Peer: peerOf(1 - i)}, [][]byte{d}) })
+									later(trip, func() { nodes[1-i].arrive(Source{Peer: peerOf(1 - i)}, [][]byte{d}) })
 								}
 								return nil
 							}
