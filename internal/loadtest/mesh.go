@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -48,6 +49,8 @@ type Mesh struct {
 	cfg   Config
 	addrs []string // of the server's replicas
 	zstd  *zstd.Decoder
+	// texts are the buffers for messages that are taken apart.
+	texts chan []byte
 	user  string // who owns the nodes if they have no tags
 
 	nodes []*node
@@ -98,7 +101,12 @@ func New(cfg Config) (*Mesh, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Mesh{cfg: cfg, addrs: addrs, zstd: d, peers: newInterned[peer](), changes: newInterned[wire.PeerChange]()}, nil
+	m := &Mesh{cfg: cfg, addrs: addrs, zstd: d, peers: newInterned[peer](), changes: newInterned[wire.PeerChange]()}
+	m.texts = make(chan []byte, runtime.GOMAXPROCS(0))
+	for range cap(m.texts) {
+		m.texts <- nil
+	}
+	return m, nil
 }
 
 // Close ends all nodes.

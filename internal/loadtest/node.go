@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -278,6 +279,7 @@ func (n *node) start(ctx context.Context) {
 func (n *node) stop() {
 	n.end()
 	<-n.done
+	n.cut() // a request may have opened it again
 }
 
 func (n *node) run(ctx context.Context) error {
@@ -343,8 +345,12 @@ func (n *node) stream(ctx context.Context) error {
 	}
 }
 
-// frames holds *[]byte.
+// frames holds *[]byte of compressed messages.
 var frames = sync.Pool{New: func() any { return new([]byte) }}
+
+// packing is how many times a message is longer, at most as a rule, than its
+// compressed form.
+const packing = 10
 
 // next reads a message and follows it.
 func (n *node) next(r io.Reader, first bool) error {
@@ -356,9 +362,8 @@ func (n *node) next(r io.Reader, first bool) error {
 	if size > wire.MaxMapFrame {
 		return fmt.Errorf("%w: message of %d bytes", errView, size)
 	}
-	buf, text := frames.Get().(*[]byte), frames.Get().(*[]byte)
+	buf := frames.Get().(*[]byte)
 	defer frames.Put(buf)
-	defer frames.Put(text)
 	if cap(*buf) < size {
 		*buf = make([]byte, size)
 	}
@@ -366,11 +371,7 @@ func (n *node) next(r io.Reader, first bool) error {
 	if _, err := io.ReadFull(r, b); err != nil {
 		return err
 	}
-	var err error
-	if *text, err = n.mesh.zstd.DecodeAll(b, (*text)[:0]); err != nil {
-		return fmt.Errorf("%w: %w", errView, err)
-	}
-	msg, err := n.mesh.parse(*text)
+	msg, err := n.mesh.decode(b)
 	if err == nil {
 		err = n.view.apply(msg, first, size+len(head), n.saw)
 	}
@@ -386,6 +387,21 @@ func (n *node) next(r io.Reader, first bool) error {
 		n.mu.Unlock()
 	}
 	return msg.code.Err()
+}
+
+// decode takes a compressed message apart. Only so many do it at a time as have
+// a processor: the texts are long, and their memory is used again and again.
+func (m *Mesh) decode(b []byte) (message, error) {
+	text := <-m.texts
+	defer func() { m.texts <- text }()
+	// A message is many zstd frames: that the decoder makes more room for each
+	// is what would cost most.
+	text = slices.Grow(text[:0], packing*len(b))
+	text, err := m.zstd.DecodeAll(b, text)
+	if err != nil {
+		return message{}, err
+	}
+	return m.parse(text)
 }
 
 // saw tells who waits for it that the node sees a peer in another way.

@@ -308,7 +308,7 @@ func (m *Mesh) Reconnect(ctx context.Context) Phase {
 
 // settled waits until all know what they should.
 func (m *Mesh) settled(ctx context.Context) error {
-	return waitFor(ctx, func() (bool, error) { return m.Check() == nil, nil })
+	return waitFor(ctx, 100*time.Millisecond, func() (bool, error) { return m.Check() == nil, nil })
 }
 
 // Churn has ephemeral nodes come, rate a second, for a time. Each stays for
@@ -357,8 +357,9 @@ func (m *Mesh) Churn(ctx context.Context, rate int, during, stay time.Duration) 
 			})
 		}
 		wg.Wait()
-		// The server forgets those that left without a word, too.
-		err = waitFor(ctx, func() (bool, error) {
+		// The server forgets those that left without a word, too. The list is
+		// long, and to ask for it is load.
+		err = waitFor(ctx, time.Second, func() (bool, error) {
 			list, err := m.cfg.Admin.Nodes(ctx)
 			return len(list) == len(m.nodes), err
 		})

@@ -27,8 +27,9 @@ type Usage struct {
 }
 
 // Serve is the server's process: it serves from an empty directory until in ends,
-// says where it is, and answers commands, one a line: "heap", "profile FILE",
-// "profile". database is the URL of one that it shares, "" = a file.
+// says where it is, and answers commands, one a line: "heap", which may name a file
+// for a profile of it, "profile FILE", "profile". database is the URL of one that it
+// shares, "" = a file.
 func Serve(dir, database string, in io.Reader, out io.Writer) error {
 	h, err := host.Start(host.Config{DataDir: dir, Database: database, Listen: "127.0.0.1:0", STUN: "off", EphemeralTimeout: 20 * time.Second})
 	if err != nil {
@@ -52,6 +53,11 @@ func command(line string, out io.Writer) error {
 		var s runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&s)
+		if arg != "" {
+			if err := heapProfile(arg); err != nil {
+				return err
+			}
+		}
 		fmt.Fprintln(out, s.HeapAlloc, runtime.NumGoroutine())
 		return nil
 	case name == "profile" && arg == "":
@@ -67,6 +73,14 @@ func command(line string, out io.Writer) error {
 	}
 	fmt.Fprintln(out, "ok")
 	return nil
+}
+
+func heapProfile(file string) error {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	return errors.Join(pprof.Lookup("heap").WriteTo(f, 0), f.Close())
 }
 
 // Process is a server in a process of its own.
@@ -166,15 +180,7 @@ func (p *Process) ask(line string) (string, error) {
 // Profile writes a CPU profile of the server to a file until it is called with
 // "".
 func (p *Process) Profile(file string) error {
-	line := "profile"
-	if file != "" {
-		abs, err := filepath.Abs(file)
-		if err != nil {
-			return err
-		}
-		line += " " + abs
-	}
-	_, err := p.ask(line)
+	_, err := p.askFile("profile", file)
 	return err
 }
 
@@ -184,10 +190,23 @@ func (p *Process) Usage() (u Usage, err error) {
 	return u, nil
 }
 
+// askFile asks with the name of a file, if there is one.
+func (p *Process) askFile(line, file string) (string, error) {
+	if file != "" {
+		abs, err := filepath.Abs(file)
+		if err != nil {
+			return "", err
+		}
+		line += " " + abs
+	}
+	return p.ask(line)
+}
+
 // Heap has the server collect its garbage and returns what is left, in bytes,
-// and how many goroutines it has.
-func (p *Process) Heap() (bytes int64, goroutines int, err error) {
-	answer, err := p.ask("heap")
+// and how many goroutines it has. A profile of what is left goes to file, unless
+// that is "".
+func (p *Process) Heap(file string) (bytes int64, goroutines int, err error) {
+	answer, err := p.askFile("heap", file)
 	if err == nil {
 		_, err = fmt.Sscan(answer, &bytes, &goroutines)
 	}
@@ -230,14 +249,14 @@ func processUsage(pid int) (cpu time.Duration, rss, peak int64) {
 	return cpu, rss, peak
 }
 
-// waitFor calls f until it reports that something is so.
-func waitFor(ctx context.Context, f func() (bool, error)) error {
+// waitFor calls f every so often until it reports that something is so.
+func waitFor(ctx context.Context, every time.Duration, f func() (bool, error)) error {
 	for {
 		ok, err := f()
 		if ok || err != nil {
 			return err
 		}
-		if err := wait(ctx, 100*time.Millisecond); err != nil {
+		if err := wait(ctx, every); err != nil {
 			return err
 		}
 	}

@@ -43,7 +43,7 @@ func run() error {
 	limit := flag.Duration("limit", 30*time.Minute, "most `TIME` that all may take")
 	replicas := flag.Int("replicas", 1, "how `MANY` servers; phase kill needs two")
 	resume := flag.Bool("resume", true, "nodes resume their map sessions")
-	profile := flag.String("profile", "", "`DIR` for CPU profiles of server and load program in each phase")
+	profile := flag.String("profile", "", "`DIR` for profiles: CPU of server and load program in each phase, and the server's heap after it")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -81,17 +81,18 @@ func run() error {
 		if f == nil {
 			return fmt.Errorf("no phase %q", name)
 		}
-		stop := func() error { return nil }
+		stop, heapFile := func() error { return nil }, ""
 		if *profile != "" {
 			if stop, err = profiles(server, filepath.Join(*profile, name)); err != nil {
 				return err
 			}
+			heapFile = filepath.Join(*profile, name+".heap.prof")
 		}
 		p := f(ctx)
 		if err := stop(); err != nil {
 			return err
 		}
-		heap, goroutines, err := server.Heap()
+		heap, goroutines, err := server.Heap(heapFile)
 		if err != nil {
 			return err
 		}
