@@ -117,8 +117,10 @@ func (f *framer) part(b []byte) {
 	f.flush()
 	packed, ok := f.shared.get(b)
 	if !ok {
-		packed = slices.Clip(f.pack(nil, b))
-		f.shared.put(b, packed)
+		start := len(f.out)
+		f.out = f.pack(f.out, b)
+		f.shared.put(b, slices.Clone(f.out[start:]))
+		return
 	}
 	f.out = append(f.out, packed...)
 }

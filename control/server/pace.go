@@ -16,36 +16,48 @@ const (
 	// second in the long run, without being held back.
 	burstMessages = 8
 	messageRate   = 4.0
-	// The others are held back for so many times the present lag, up to
-	// maxHold.
-	holdLags = 4
-	maxHold  = time.Second
+	// The others are held back for so many times the present lag, and for as many
+	// times Config.Gather as gatherStreams go into those that are open: what all of
+	// them hear of all the time takes a bounded share of a processor. Neither is
+	// more than maxHold.
+	holdLags      = 4
+	gatherStreams = 64
+	maxHold       = time.Second
 	// lagWeight is the share of one message in the present lag.
 	lagWeight = 1.0 / 64
 )
 
 // pace decides when streams speak.
 type pace struct {
-	// turns has a token for each stream that looks at the working set. There
-	// are few, so that others who need it do not wait behind a thousand
-	// streams.
-	turns chan struct{}
-	lag   atomic.Int64 // how late messages are at present, in ns
+	// There are few turns at the working set, so that others who need it do not
+	// wait behind a thousand streams. Streams that begin have turns of their
+	// own: who comes does not wait for what the others still have to hear.
+	begin, speak turns
+	each         time.Duration // how long to hold for each stream that is open
+	open         atomic.Int64  // streams
+	lag          atomic.Int64  // how late messages are at present, in ns
 }
 
-func (p *pace) init() { p.turns = make(chan struct{}, max(2, runtime.GOMAXPROCS(0)/2)) }
+func (p *pace) init(gather time.Duration) {
+	p.each = gather / gatherStreams
+	n := max(2, runtime.GOMAXPROCS(0)/2)
+	p.begin, p.speak = make(turns, n), make(turns, n)
+}
 
-// turn waits for a turn. done must be called after it.
-func (p *pace) turn(ctx context.Context) error {
+// turns has a token for each stream whose turn it is.
+type turns chan struct{}
+
+// take waits for a turn. done must be called after it.
+func (t turns) take(ctx context.Context) error {
 	select {
-	case p.turns <- struct{}{}:
+	case t <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-func (p *pace) done() { <-p.turns }
+func (t turns) done() { <-t }
 
 // late notes how late a message was.
 func (p *pace) late(d time.Duration) {
@@ -68,5 +80,5 @@ func (p *pace) hold(b *bucket, now time.Time) time.Duration {
 		return 0
 	}
 	b.tokens = max(b.tokens-1, -1)
-	return min(holdLags*time.Duration(p.lag.Load()), maxHold)
+	return min(max(holdLags*time.Duration(p.lag.Load()), p.each*time.Duration(p.open.Load())), maxHold)
 }

@@ -191,11 +191,11 @@ func (s *Server) fetch(w http.ResponseWriter, c *client, req *wire.MapRequest) {
 
 // poll serves a map stream until it ends.
 func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wire.MapRequest) {
-	if s.pace.turn(r.Context()) != nil {
+	if s.pace.begin.take(r.Context()) != nil {
 		return
 	}
 	st, fresh, resumed, err := s.attach(c, req)
-	s.pace.done()
+	s.pace.begin.done()
 	if err != nil {
 		if errors.Is(err, errSwaps) {
 			s.meters.denied(atMap, nil, denyRate)
@@ -205,6 +205,8 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 		refuse(w, err)
 		return
 	}
+	s.pace.open.Add(1)
+	defer s.pace.open.Add(-1)
 	defer s.detach(st)
 	f := s.newFramer(w, req.Compress, c)
 	defer f.close()
@@ -213,8 +215,8 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, c *client, req *wi
 		err = f.sendMap(first[i])
 	}
 	first, fresh = nil, news{}
-	for err == nil {
-		err = s.next(r.Context(), st, f)
+	if err == nil {
+		err = s.feed(r.Context(), st, f)
 	}
 	if !errors.Is(err, errStreamOver) {
 		s.log.Debug("map stream ended", zap.Int64("node", int64(st.id)), zap.Error(err))
@@ -226,65 +228,91 @@ var (
 	errSwaps      = errors.New("the poll changes hands too often")
 )
 
-// next waits for the next thing to send and sends it.
-func (s *Server) next(ctx context.Context, st *stream, f *framer) error {
-	// Nodes give a stream up after wire.Watchdog; the jitter keeps many
-	// streams from waking the server at once.
-	idle := time.NewTimer(wire.KeepAliveInterval + rand.N(9*time.Second))
+// silence returns how long a stream may say nothing, beginning now. Nodes give a
+// stream up after wire.Watchdog. The jitter keeps many streams from waking the
+// server at once, and the grid makes it wake once for some of them.
+func (s *Server) silence() time.Duration {
+	d := wire.KeepAliveInterval + rand.N(9*time.Second)
+	return d - (time.Since(s.began)+d)%keepAliveGrid
+}
+
+const keepAliveGrid = 500 * time.Millisecond
+
+// feed sends what is new, until the stream is over.
+func (s *Server) feed(ctx context.Context, st *stream, f *framer) error {
+	quiet, last := s.silence(), time.Now()
+	idle := time.NewTimer(quiet)
 	defer idle.Stop()
-	// Until something is sent: what wakes the stream may be no news to it, and
-	// must not put off the keep-alive.
 	for {
-		var woke time.Time
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-idle.C:
-			return f.send(&wire.MapResponse{KeepAlive: true})
-		case <-st.wake:
-			woke = time.Now()
-		}
-		// What is rare goes out at once; what comes in bursts goes out together.
-		wait := max(s.cfg.Gather-woke.Sub(st.spoke), s.pace.hold(&st.credit, woke), 0)
-		if wait > 0 {
-			gather := time.NewTimer(wait)
-			select {
-			case <-ctx.Done():
-				gather.Stop()
-				return ctx.Err()
-			case <-gather.C:
-			case <-st.urgent:
-				gather.Stop()
+			// What woke the stream and was no news to it does not put off the
+			// keep-alive.
+			if st.spoke.After(last) {
+				last = st.spoke
 			}
-		}
-		if err := s.pace.turn(ctx); err != nil {
-			return err
-		}
-		s.mu.Lock()
-		n := s.collect(st)
-		s.mu.Unlock()
-		msgs, err := st.messages(n)
-		s.pace.done()
-		if err != nil {
-			return err
-		}
-		for _, m := range msgs {
-			if err := f.sendMap(m); err != nil {
+			if rest := quiet - time.Since(last); rest > 0 {
+				idle.Reset(rest)
+				continue
+			}
+			if err := f.send(&wire.MapResponse{KeepAlive: true}); err != nil {
 				return err
 			}
-			st.spoke = time.Now()
-		}
-		if len(msgs) > 0 {
-			s.pace.late(st.spoke.Sub(woke) - wait)
-		}
-		if n.ended {
-			return errStreamOver
-		}
-		if len(msgs) > 0 {
-			s.meters.mapSeconds.Observe(time.Since(woke).Seconds())
-			return nil
+			quiet, last = s.silence(), time.Now()
+			idle.Reset(quiet)
+		case <-st.wake:
+			if err := s.tell(ctx, st, f); err != nil {
+				return err
+			}
 		}
 	}
+}
+
+// tell sends what is pending, if it is news to the node.
+func (s *Server) tell(ctx context.Context, st *stream, f *framer) error {
+	woke := time.Now()
+	// What is rare goes out at once; what comes in bursts goes out together.
+	wait := max(s.cfg.Gather-woke.Sub(st.spoke), s.pace.hold(&st.credit, woke), 0)
+	if wait > 0 {
+		gather := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			gather.Stop()
+			return ctx.Err()
+		case <-gather.C:
+		case <-st.urgent:
+			gather.Stop()
+		}
+	}
+	if err := s.pace.speak.take(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	n := s.collect(st)
+	s.mu.Unlock()
+	msgs, err := st.messages(n)
+	s.pace.speak.done()
+	if err != nil {
+		return err
+	}
+	for _, m := range msgs {
+		if err := f.sendMap(m); err != nil {
+			return err
+		}
+		st.spoke = time.Now()
+	}
+	if len(msgs) > 0 {
+		s.pace.late(st.spoke.Sub(woke) - wait)
+	}
+	if n.ended {
+		return errStreamOver
+	}
+	if len(msgs) > 0 {
+		s.meters.mapSeconds.Observe(st.spoke.Sub(woke).Seconds())
+	}
+	return nil
 }
 
 // attach makes a new stream the node's poll, in place of a former one, which it

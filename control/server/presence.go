@@ -369,12 +369,21 @@ func (s *Server) forget(id wire.NodeID, bury bool) {
 		n.stream.end(code)
 	}
 	s.member(n.Key, false)
+	hide := func(st *stream) { st.left(id) }
+	if bury {
+		hide = func(st *stream) { st.peer(id, false) }
+	}
 	for _, v := range viewers {
 		if v := s.nodes.byID[v]; v != nil && v.stream != nil {
-			v.stream.peer(id, false)
+			hide(v.stream)
 		}
 	}
-	s.affected(id, affected)
+	for _, v := range affected {
+		if v := s.nodes.byID[v]; v != nil && v.stream != nil {
+			v.stream.pending.filter = true
+			hide(v.stream)
+		}
+	}
 	if len(n.routed) > 0 {
 		s.rerouted(affected)
 	}

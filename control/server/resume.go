@@ -101,21 +101,17 @@ func (st *stream) resume(old *stream, over bool, handle string, seq int64) bool 
 		}
 		for _, p := range slices.Backward(u.peers) {
 			if p.view == nil {
-				delete(st.sent, p.id)
+				st.sent.drop(p.id)
 			} else {
-				st.sent[p.id] = p.view
+				st.sent.put(p.view)
 			}
-			if len(p.routes) == 0 {
-				delete(st.routes, p.id)
-			} else {
-				st.routes[p.id] = p.routes
-			}
+			st.setRoutes(p.id, p.routes)
 		}
 		if st.policy = 0; u.filter {
 			st.filter = [sha256.Size]byte{}
 		}
 		if u.profiles {
-			st.profiles = make(map[wire.UserID]*wire.UserProfile)
+			st.profiles = nil
 		}
 	}
 	st.session = session{handle: handle, seq: seq, oldest: old.oldest, taken: old.taken[:kept:kept]}

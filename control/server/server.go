@@ -44,7 +44,7 @@ type Config struct {
 	EphemeralTimeout time.Duration // silence after which an ephemeral node is removed; default 120 s
 	RelayLease       time.Duration // silence after which a relay leaves the relay map; default 60 s
 	FlushInterval    time.Duration // how often what nodes report is stored; default 1 s, with other replicas 100 ms
-	Gather           time.Duration // least time between two messages of a stream, to join what happens at once; default 20 ms
+	Gather           time.Duration // least time between two messages of a stream, to join what happens at once, and more while many streams speak often; default 20 ms
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
 
 	MaxHandshakes int // Noise handshakes at one time; default 256
@@ -162,6 +162,7 @@ type Server struct {
 	wg     sync.WaitGroup // janitor and subscribers
 	closed sync.Once
 
+	began   time.Time // by the real clock
 	left    sync.Once
 	leaving chan struct{} // closed when Shutdown is called
 	kick    chan struct{} // tells the janitor that a deadline was added; buffered
@@ -185,11 +186,12 @@ func New(cfg Config) (*Server, error) {
 		unsaved:  make(map[wire.NodeID]struct{}),
 		kick:     make(chan struct{}, 1),
 		leaving:  make(chan struct{}),
+		began:    time.Now(),
 		meters:   newMeters(),
 	}
 	s.store.Observe(s.meters.stored)
 	s.logins.init()
-	s.pace.init()
+	s.pace.init(cfg.Gather)
 	s.receipts.open = make(map[*receipt]struct{})
 	s.replica.init(cfg.Store)
 	s.ctx, s.cancel = context.WithCancel(context.Background())

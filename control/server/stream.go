@@ -31,7 +31,7 @@ type stream struct {
 
 	// sent, routes, profiles and caps are written with Server.mu held; the rest
 	// belongs to the goroutine of the poll.
-	sent     map[wire.NodeID]*view          // peers as the node knows them
+	sent     told                           // peers as the node knows them
 	routes   map[wire.NodeID][]netip.Prefix // behind them, as the node knows
 	profiles map[wire.UserID]*wire.UserProfile
 	caps     map[string][]json.RawMessage // of the node itself
@@ -44,8 +44,8 @@ type stream struct {
 // pending is what changed for a stream since it last looked. Its size is
 // bounded by the number of nodes.
 type pending struct {
-	peers  map[wire.NodeID]bool // changed peers; true = visible
-	all    bool                 // any peer may have come, gone or changed
+	peers  changes
+	all    bool // any peer may have come, gone or changed
 	self   bool
 	filter bool
 	derp   bool
@@ -64,7 +64,6 @@ type pending struct {
 func newStream(id wire.NodeID, c *client) *stream {
 	return &stream{
 		id: id, client: c, wake: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
-		sent: make(map[wire.NodeID]*view), routes: make(map[wire.NodeID][]netip.Prefix), profiles: make(map[wire.UserID]*wire.UserProfile),
 	}
 }
 
@@ -86,15 +85,33 @@ func (st *stream) hurry() {
 	st.poke()
 }
 
+// peer has the stream look at a peer. One that it must not see any more cannot
+// wait.
 func (st *stream) peer(id wire.NodeID, visible bool) {
-	if st.pending.peers == nil {
-		st.pending.peers = make(map[wire.NodeID]bool)
-	}
-	st.pending.peers[id] = visible
+	st.pending.peers.add(id, visible)
 	if visible {
 		st.poke()
 	} else {
 		st.hurry()
+	}
+}
+
+// left is peer for one that went of its own accord, which is no reason to hurry.
+func (st *stream) left(id wire.NodeID) {
+	st.pending.peers.add(id, false)
+	st.poke()
+}
+
+// setRoutes notes which routes behind a peer the node knows. Few peers have any.
+func (st *stream) setRoutes(id wire.NodeID, routes []netip.Prefix) {
+	switch {
+	case len(routes) == 0:
+		delete(st.routes, id)
+	case st.routes == nil:
+		st.routes = make(map[wire.NodeID][]netip.Prefix)
+		fallthrough
+	default:
+		st.routes[id] = routes
 	}
 }
 
@@ -204,12 +221,15 @@ func (s *Server) collect(st *stream) (n news) {
 	}()
 	before := func(id wire.NodeID) {
 		if st.seq > 0 { // nobody takes the first message back
-			back.peers = append(back.peers, undoPeer{id, st.sent[id], st.routes[id]})
+			back.peers = append(back.peers, undoPeer{id, st.sent.get(id), st.routes[id]})
 		}
 	}
 	user := func(id wire.UserID) {
 		if p := s.profile(id); p != nil && st.profiles[id] != p {
 			n.profiles = append(n.profiles, *p)
+			if st.profiles == nil {
+				st.profiles = make(map[wire.UserID]*wire.UserProfile)
+			}
 			st.profiles[id] = p
 		}
 	}
@@ -234,7 +254,7 @@ func (s *Server) collect(st *stream) (n news) {
 		if other == nil || id == st.id {
 			return
 		}
-		had, v := st.sent[id], other.view
+		had, v := st.sent.get(id), other.view
 		var routes []netip.Prefix
 		if len(other.routed) > 0 {
 			routes = s.policy.compiled.Routes(st.id, id)
@@ -249,18 +269,15 @@ func (s *Server) collect(st *stream) (n news) {
 		} else {
 			n.whole = append(n.whole, v.with(routes))
 		}
-		if st.sent[id] = v; len(routes) > 0 {
-			st.routes[id] = routes
-		} else {
-			delete(st.routes, id)
-		}
+		st.sent.put(v)
+		st.setRoutes(id, routes)
 		user(v.node.User)
 	}
 	gone := func(id wire.NodeID) {
-		if st.sent[id] != nil {
+		if st.sent.get(id) != nil {
 			before(id)
-			delete(st.sent, id)
-			delete(st.routes, id)
+			st.sent.drop(id)
+			st.setRoutes(id, nil)
 			n.removed = append(n.removed, id)
 		}
 	}
@@ -270,11 +287,12 @@ func (s *Server) collect(st *stream) (n news) {
 		for _, id := range visible {
 			set[id] = struct{}{}
 		}
-		for id := range st.sent {
-			if _, ok := set[id]; !ok || s.nodes.byID[id] == nil {
-				gone(id)
+		for _, v := range slices.Clone(st.sent) {
+			if _, ok := set[v.node.ID]; !ok || s.nodes.byID[v.node.ID] == nil {
+				gone(v.node.ID)
 			}
 		}
+		st.sent = slices.Grow(st.sent, max(len(visible)-len(st.sent), 0))
 		// A policy also says which groups users are in.
 		user(wireUser(&me.Node))
 		for _, id := range visible {
@@ -284,11 +302,11 @@ func (s *Server) collect(st *stream) (n news) {
 			}
 		}
 	} else {
-		for id, visible := range p.peers {
-			if visible && s.nodes.byID[id] != nil {
-				look(id)
+		for _, c := range p.peers.latest() {
+			if c.visible && s.nodes.byID[c.id] != nil {
+				look(c.id)
 			} else {
-				gone(id)
+				gone(c.id)
 			}
 		}
 	}
