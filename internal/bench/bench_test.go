@@ -93,7 +93,7 @@ func TestTable(t *testing.T) {
 	var out strings.Builder
 	b.print(&out)
 	for _, want := range []string{
-		"| same 1 stream MB/s    |  900 |   300 |            3 | ≥ 2.20× | yes |",
+		"| same 1 stream MB/s    |  900 |   300 |            3 | ≥ 2.50× | yes |",
 		"| idle node: goroutines |   20 |       |              |    ≤ 12 |  no |",
 	} {
 		if !strings.Contains(out.String(), want+"\n") {

@@ -17,15 +17,11 @@ import (
 // half closed.
 func closing(b *bench, s *stack) error {
 	const each = 1000
-	w, err := newWorld(b, s, "close", 2, s)
+	w, from, to, err := twoNodes(b, s, "close", 1, nil)
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	from, to, err := w.pair(1)
-	if err != nil {
-		return err
-	}
 	if err := from.p.call("halves", load.HalvesArgs{Node: from.name, Addr: to.addr, Closed: each, Half: each}, nil); err != nil {
 		return err
 	}
@@ -43,15 +39,11 @@ func closing(b *bench, s *stack) error {
 // box moves nine times 64 MiB between two processes of one node each, as two
 // agents do in sandboxes.
 func box(b *bench, s *stack) error {
-	w, err := newWorld(b, s, "box", 2, s)
+	w, from, to, err := twoNodes(b, s, "box", 2, nil)
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	from, to, err := w.pair(2)
-	if err != nil {
-		return err
-	}
 	args := load.SpreadArgs{Node: from.name, Bytes: 64 << 20}
 	for range 9 {
 		args.Addrs = append(args.Addrs, to.port(load.SinkPort))
@@ -79,16 +71,11 @@ func box(b *bench, s *stack) error {
 
 // lossyStreams moves checked bytes over a network that loses and reorders.
 func lossyStreams(b *bench, s *stack) error {
-	w, err := newWorld(b, s, "lossy", 2, s)
+	w, from, to, err := twoNodes(b, s, "lossy", 1, func(w *world) { w.lossy = true })
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	w.lossy = true
-	from, to, err := w.pair(1)
-	if err != nil {
-		return err
-	}
 	for _, n := range []int{1, 8} {
 		if err := w.stream("with loss and reordering", from, to, n); err != nil {
 			return err
@@ -102,15 +89,11 @@ func repeated(b *bench, s *stack) error {
 	if b.repeat == 0 {
 		return nil
 	}
-	w, err := newWorld(b, s, "repeat", 2, s)
+	w, from, to, err := twoNodes(b, s, "repeat", 1, nil)
 	if err != nil {
 		return err
 	}
 	defer w.close()
-	from, to, err := w.pair(1)
-	if err != nil {
-		return err
-	}
 	lost := 0
 	for i := range b.repeat {
 		var moved load.Streamed

@@ -177,6 +177,9 @@ func enter(ours, stock string, race bool) int {
 	return 0
 }
 
+// loopbackMTU is what Linux gives to loopback.
+const loopbackMTU = 65536
+
 const (
 	insideEnv = "MESH_BENCH_INSIDE"
 	oursEnv   = "MESH_BENCH_OURS"

@@ -27,15 +27,25 @@ func together(cmd *exec.Cmd) {
 // to see one.
 func network() error {
 	for _, line := range []string{
-		"link set lo up",
+		fmt.Sprint("link set lo up mtu ", loopbackMTU),
 		"link add veth0 type veth peer name veth1",
 		"addr add 192.0.2.1/24 dev veth0",
 		"link set veth0 up",
 		"link set veth1 up",
 	} {
-		if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
-			return fmt.Errorf("ip %s: %v: %s", line, err, out)
+		if err := ip(line); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// loopback sets how large the packets of loopback may be, which all traffic takes.
+func loopback(mtu int) error { return ip(fmt.Sprint("link set lo mtu ", mtu)) }
+
+func ip(line string) error {
+	if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("ip %s: %v: %s", line, err, out)
 	}
 	return nil
 }

@@ -41,6 +41,22 @@ func newWorld(b *bench, s *stack, scenario string, count int, serve *stack) (*wo
 	return w, nil
 }
 
+// twoNodes makes a world of two nodes, in one process or in two, that have found
+// the path that they should use. change, if there is one, comes before they start.
+func twoNodes(b *bench, s *stack, scenario string, processes int, change func(*world)) (w *world, from, to place, err error) {
+	if w, err = newWorld(b, s, scenario, 2, s); err != nil {
+		return nil, from, to, err
+	}
+	if change != nil {
+		change(w)
+	}
+	if from, to, err = w.pair(processes); err != nil {
+		w.close()
+		return nil, from, to, err
+	}
+	return w, from, to, nil
+}
+
 func (w *world) close() {
 	for i := len(w.processes) - 1; i >= 0; i-- {
 		w.processes[i].stop()
