@@ -177,6 +177,7 @@ func Start(cfg Config) (_ *Host, err error) {
 		KeyExpiry:        cfg.NodeExpiry,
 		OfflineGrace:     cfg.OfflineGrace,
 		EphemeralTimeout: cfg.EphemeralTimeout,
+		OnReplaced:       func(err error) { h.fail("replica", err) },
 		Logger:           cfg.Logger,
 	})
 	if err != nil {
@@ -215,16 +216,12 @@ func (h *Host) openStore() (err error) {
 		return err
 	}
 	defer files.Close()
-	name, err := replicaName(files)
-	if err != nil {
-		return err
-	}
 	pg, err := store.OpenPostgres(ctx, h.cfg.Database)
 	if err != nil {
 		return err
 	}
 	h.store = pg
-	number, err := pg.Join(ctx, name)
+	number, err := joinReplicas(ctx, pg, files, h.log)
 	if err != nil {
 		pg.Close()
 		return err
@@ -235,19 +232,34 @@ func (h *Host) openStore() (err error) {
 	return nil
 }
 
-// replicaName is what the other replicas of a database know this data directory
-// by.
-func replicaName(files *identity.FileStore) (string, error) {
-	const file = "replica.id"
-	b, err := files.Read(file)
+// replicaFile has the name that the other replicas of a database know a data
+// directory by.
+const replicaFile = "replica.id"
+
+// joinReplicas makes the server a replica and returns its number among them. It
+// takes another name if the data directory is a copy of one that is in use.
+func joinReplicas(ctx context.Context, pg *store.Postgres, files *identity.FileStore, log *zap.Logger) (int, error) {
+	name, err := files.Read(replicaFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		b = []byte(rand.Text())
-		err = files.Write(file, b)
+		name, err = newReplicaName(files)
 	}
 	if err != nil {
-		return "", fmt.Errorf("name among the replicas: %w", err)
+		return 0, fmt.Errorf("name among the replicas: %w", err)
 	}
-	return string(b), nil
+	number, err := pg.Join(ctx, string(name))
+	if !errors.Is(err, store.ErrLocked) {
+		return number, err
+	}
+	log.Warn("the data directory is a copy of that of a replica that lives: this one takes another name", zap.Error(err))
+	if name, err = newReplicaName(files); err != nil {
+		return 0, fmt.Errorf("name among the replicas: %w", err)
+	}
+	return pg.Join(ctx, string(name))
+}
+
+func newReplicaName(files *identity.FileStore) ([]byte, error) {
+	name := []byte(rand.Text())
+	return name, files.Write(replicaFile, name)
 }
 
 // URL is how nodes reach the control server.

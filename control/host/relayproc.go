@@ -483,8 +483,11 @@ func machineKeyIn(files *identity.FileStore) (identity.MachinePrivate, error) {
 	return identity.ParseMachinePrivate(string(b))
 }
 
+// keysDir holds the small files of a server, in the data directory.
+const keysDir = "keys"
+
 // openFiles opens the small files of a server's data directory. They lie in a
 // folder of their own, whose lock is not the database's.
 func openFiles(dir string) (*identity.FileStore, error) {
-	return identity.OpenFileStore(filepath.Join(dir, "keys"))
+	return identity.OpenFileStore(filepath.Join(dir, keysDir))
 }

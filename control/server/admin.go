@@ -120,6 +120,7 @@ func (s *Server) adminError(w http.ResponseWriter, err error) {
 		status = http.StatusConflict
 	case errors.Is(err, store.ErrUnavailable):
 		status = http.StatusServiceUnavailable
+		w.Header().Set("Retry-After", retryDatabase)
 	case errors.Is(err, store.ErrFull), errors.Is(err, store.ErrReadOnly):
 		status = http.StatusInsufficientStorage
 		s.log.Error("store", zap.Error(err))

@@ -30,8 +30,7 @@ func (s *Server) serveMap(w http.ResponseWriter, r *http.Request, c *client) {
 	if err := s.admitMap(r.Context(), c, &req); err != nil {
 		s.meters.denied(atMap, err, denyFail)
 		if wire.CodeOf(err) == "" {
-			s.log.Error("map request failed", zap.Error(err))
-			http.Error(w, "internal error", http.StatusInternalServerError)
+			s.broken(w, "map request failed", err)
 			return
 		}
 		refuse(w, err)

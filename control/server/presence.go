@@ -293,7 +293,7 @@ func (s *Server) removeIdle(id wire.NodeID) {
 }
 
 // leave removes a node that goes of itself, if is holds for it. Many may leave
-// at a time, unless a grant names the node or other replicas have a say.
+// at a time, unless a grant names the node.
 func (s *Server) leave(ctx context.Context, by string, id wire.NodeID, is func(*node) bool) error {
 	decide := func() (ok, named bool) {
 		s.mu.Lock()
@@ -301,25 +301,24 @@ func (s *Server) leave(ctx context.Context, by string, id wire.NodeID, is func(*
 		n := s.nodes.byID[id]
 		return n != nil && is(n), s.isNamed(id)
 	}
-	if s.replica.store == nil {
-		s.opMu.RLock()
-		ok, named := decide()
-		if !ok || !named {
-			defer s.opMu.RUnlock()
-			if !ok {
-				return nil
-			}
-			err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, false, s.cfg.Now())
-			if err == nil {
-				s.forget(id, false)
-			}
-			if errors.Is(err, store.ErrNotFound) {
-				return nil // it left twice
-			}
-			return err
+	s.catchUp()
+	s.opMu.RLock()
+	ok, named := decide()
+	if !ok || !named {
+		defer s.opMu.RUnlock()
+		if !ok {
+			return nil
 		}
-		s.opMu.RUnlock()
+		err := s.store.RemoveNode(context.WithoutCancel(ctx), by, id, false, s.cfg.Now())
+		if err == nil {
+			s.forget(id, false)
+		}
+		if errors.Is(err, store.ErrNotFound) {
+			return nil // it left twice
+		}
+		return err
 	}
+	s.opMu.RUnlock()
 	s.lockOps()
 	defer s.opMu.Unlock()
 	if ok, _ := decide(); !ok {

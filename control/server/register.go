@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"mesh/control/policy"
 	"mesh/control/store"
 	"mesh/control/wire"
@@ -47,14 +45,9 @@ func (s *Server) serveRegister(w http.ResponseWriter, r *http.Request, c *client
 		return
 	case err != nil:
 		code := wire.CodeOf(err)
-		if errors.Is(err, store.ErrUnavailable) {
-			noDatabase(w)
-			return
-		}
 		if code == "" {
 			s.meters.denied(atRegister, nil, denyFail)
-			s.log.Error("registration failed", zap.Error(err))
-			http.Error(w, "internal error", http.StatusInternalServerError)
+			s.broken(w, "registration failed", err)
 			return
 		}
 		s.limit.failed(c.source)
@@ -131,7 +124,7 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 		}
 	}
 
-	if keyErr == nil && s.replica.store == nil && req.OldNodeKey.IsZero() {
+	if keyErr == nil && req.OldNodeKey.IsZero() {
 		if resp, err := s.registerNew(ctx, c, req, key, text); !errors.Is(err, errAlone) {
 			return resp, err
 		}
@@ -198,8 +191,9 @@ func (s *Server) register(ctx context.Context, c *client, req *wire.RegisterRequ
 var errAlone = errors.New("nothing else may change meanwhile")
 
 // registerNew is register for what is most likely a new node, of which many may
-// come at a time. With other replicas each has to look at what these did first.
+// come at a time.
 func (s *Server) registerNew(ctx context.Context, c *client, req *wire.RegisterRequest, key store.Key, text string) (*wire.RegisterResponse, error) {
+	s.catchUp()
 	s.opMu.RLock()
 	defer s.opMu.RUnlock()
 	if resp, err := s.knownNode(c, req); resp != nil || err != nil {

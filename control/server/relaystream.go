@@ -29,8 +29,7 @@ func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
 	key, err := s.store.VerifyKey(r.Context(), store.KeyRelay, req.RelayKey, s.cfg.Now())
 	if err != nil {
 		if wire.CodeOf(err) == "" {
-			s.log.Error("relay key could not be looked up", zap.Error(err))
-			http.Error(w, "internal error", http.StatusInternalServerError)
+			s.broken(w, "relay key could not be looked up", err)
 			return
 		}
 		s.limit.failed(c.source)
@@ -65,8 +64,7 @@ func (s *Server) serveRelay(w http.ResponseWriter, r *http.Request, c *client) {
 		http.Error(w, err.Error(), http.StatusConflict)
 		return
 	case err != nil:
-		s.log.Error("relay could not be stored", zap.Error(err))
-		http.Error(w, "internal error", http.StatusInternalServerError)
+		s.broken(w, "relay could not be stored", err)
 		return
 	}
 	c.known()

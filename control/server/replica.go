@@ -16,7 +16,6 @@ import (
 
 // Times of replicas.
 const (
-	beatEvery   = 2 * time.Second        // that this replica says that it lives
 	followEvery = time.Second            // that the log is looked at without having been told to
 	sharedFlush = 100 * time.Millisecond // Config.FlushInterval where others wait for it
 	// conflictTries is how often a registration is tried again because another
@@ -40,12 +39,14 @@ type replica struct {
 	reports sync.Mutex
 
 	// Guarded by Server.mu.
+	look   chan struct{}                // closed when the log was looked at once more
 	others map[string]store.ReplicaInfo // that live
 	claims map[wire.NodeID]bool         // nodes whose poll came here, not stored yet
 }
 
 func (r *replica) init(st store.Store) {
 	r.wake = make(chan struct{}, 1)
+	r.look = make(chan struct{})
 	r.claims = make(map[wire.NodeID]bool)
 	if shared, ok := st.(store.Shared); ok && shared.Replica() != "" {
 		r.store = shared
@@ -74,11 +75,29 @@ func (s *Server) lockOps() {
 	}
 }
 
-// catchUp takes in what other replicas did and decides nothing: a node, a login
-// or a key of this server's memory may have come by another a moment ago.
+// catchUp waits until what other replicas did before it was called is taken in: a
+// node, a login or a key may have come by another a moment ago. All who call it
+// at the same time share one look at the log.
 func (s *Server) catchUp() {
-	s.lockOps()
-	s.opMu.Unlock()
+	if s.replica.store == nil {
+		return
+	}
+	s.mu.Lock()
+	look := s.replica.look
+	s.mu.Unlock()
+	s.replica.poke()
+	select {
+	case <-look:
+	case <-s.ctx.Done():
+	}
+}
+
+// poke has the log looked at once more.
+func (r *replica) poke() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
 }
 
 // startReplica starts what follows the other replicas.
@@ -103,7 +122,8 @@ func (s *Server) pause(d time.Duration) bool {
 	}
 }
 
-// followAll applies what other replicas do as soon as it is known.
+// followAll applies what other replicas do as soon as it is known, or somebody
+// waits for it.
 func (s *Server) followAll() {
 	repair := time.NewTicker(followEvery)
 	defer repair.Stop()
@@ -114,19 +134,20 @@ func (s *Server) followAll() {
 		case <-s.replica.wake:
 		case <-repair.C:
 		}
-		s.catchUp()
+		s.mu.Lock()
+		look := s.replica.look
+		s.replica.look = make(chan struct{})
+		s.mu.Unlock()
+		s.lockOps()
+		s.opMu.Unlock()
+		close(look)
 	}
 }
 
 // listen waits for word of changes.
 func (s *Server) listen() {
 	for s.ctx.Err() == nil {
-		err := s.replica.store.Listen(s.ctx, func() {
-			select {
-			case s.replica.wake <- struct{}{}:
-			default:
-			}
-		})
+		err := s.replica.store.Listen(s.ctx, s.replica.poke)
 		if s.ctx.Err() == nil {
 			s.log.Warn("changes of other replicas are not announced, only looked for", zap.Error(err))
 		}
@@ -139,8 +160,14 @@ func (s *Server) listen() {
 // beat tells the other replicas that this one lives, and learns which of them do.
 func (s *Server) beat() {
 	failing := false
-	for s.pause(beatEvery) {
+	for s.pause(store.BeatEvery) {
 		switch err := s.beatOnce(s.ctx); {
+		case errors.Is(err, store.ErrLocked):
+			s.log.Error("this server is no replica any more", zap.Error(err))
+			if s.cfg.OnReplaced != nil {
+				s.cfg.OnReplaced(err)
+			}
+			return
 		case err != nil && s.ctx.Err() == nil && !failing:
 			failing = true
 			s.log.Error("the database does not answer: nodes keep what they have, and nothing can be changed", zap.Error(err))

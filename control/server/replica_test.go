@@ -187,6 +187,23 @@ func TestNodeMovesBetweenReplicas(t *testing.T) {
 	ny.cancel()
 }
 
+// Another process is this replica by now.
+func TestReplicaIsReplaced(t *testing.T) {
+	replaced := make(chan error, 1)
+	w := replicasOf(t, pgtest.Database(t), 1, func(_ int, c *Config) { c.OnReplaced = func(err error) { replaced <- err } })[0]
+	db, err := pgx.Connect(t.Context(), w.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(t.Context())
+	if _, err := db.Exec(t.Context(), `UPDATE replicas SET process = 'another'`); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-replaced; !errors.Is(err, store.ErrLocked) {
+		t.Error(err)
+	}
+}
+
 // Machines race for names, addresses and a key that is good for one of them.
 func TestReplicasEnrolTogether(t *testing.T) {
 	r := replicasOf(t, pgtest.Database(t), 2, nil)
@@ -311,6 +328,10 @@ func TestDatabaseAway(t *testing.T) {
 	late := w.machine()
 	if _, err := late.register(late.registerRequest(key)); err == nil || !strings.Contains(err.Error(), "503") || !strings.Contains(err.Error(), "cannot be reached") {
 		t.Errorf("enrol: %v", err)
+	}
+
+	if status, code := late.lite(nil); status != http.StatusServiceUnavailable {
+		t.Errorf("a report of a machine that nobody here knows: %d %s", status, code)
 	}
 
 	if err := pg.Restart(t.Context()); err != nil {

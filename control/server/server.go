@@ -63,6 +63,12 @@ type Config struct {
 	RequestRate  float64
 	RequestBurst int
 
+	// OnReplaced is called, at most once and on a goroutine of the server, when
+	// another process has become this replica: it was cloned with what it keeps,
+	// or stood still for a while. The server misses changes from then on and
+	// has to end. nil = nobody is told.
+	OnReplaced func(error)
+
 	Logger *zap.Logger      // nil = silent
 	Now    func() time.Time // default time.Now
 }

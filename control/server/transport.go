@@ -376,10 +376,19 @@ func refuse(w http.ResponseWriter, err error) {
 	http.Error(w, err.Error(), status)
 }
 
-// noDatabase answers while the database is away.
-func noDatabase(w http.ResponseWriter) {
-	w.Header().Set("Retry-After", "5")
-	http.Error(w, "the database of the control server cannot be reached; try again", http.StatusServiceUnavailable)
+// retryDatabase is the Retry-After of answers while the database is away, in
+// seconds.
+const retryDatabase = "5"
+
+// broken answers a request that fails for a reason of our own.
+func (s *Server) broken(w http.ResponseWriter, what string, err error) {
+	if errors.Is(err, store.ErrUnavailable) {
+		w.Header().Set("Retry-After", retryDatabase)
+		http.Error(w, "the database of the control server cannot be reached; try again", http.StatusServiceUnavailable)
+		return
+	}
+	s.log.Error(what, zap.Error(err))
+	http.Error(w, "internal error", http.StatusInternalServerError)
 }
 
 // tooMany answers with 429.

@@ -74,11 +74,8 @@ func (s *database) timed(write bool, f func() error) error {
 func (s *database) do(ctx context.Context, what string, f func(context.Context) error) error {
 	err := s.gate.check()
 	if err == nil {
-		if s.dialect.limit > 0 {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeout(ctx, s.dialect.limit)
-			defer cancel()
-		}
+		ctx, cancel := s.limited(ctx)
+		defer cancel()
 		err = s.classify(f(ctx))
 		s.gate.note(err)
 	}
@@ -86,6 +83,14 @@ func (s *database) do(ctx context.Context, what string, f func(context.Context) 
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
+}
+
+// limited is ctx for as long as one operation may take.
+func (s *database) limited(ctx context.Context) (context.Context, context.CancelFunc) {
+	if s.dialect.limit > 0 {
+		return context.WithTimeout(ctx, s.dialect.limit)
+	}
+	return context.WithCancel(ctx)
 }
 
 // classify adds the error of this package that an error of the database stands

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"sync/atomic"
@@ -23,15 +24,59 @@ const logLife = time.Hour
 // Replica implements Shared.
 func (s *Postgres) Replica() string { return s.replica }
 
+// certainlyDead is for how long a replica is silent at least before another
+// process may be it.
+const certainlyDead = 2*BeatEvery + time.Second
+
 // Join makes this server a replica, under a name that it has kept since its
 // first start, and returns its number among the replicas: the smallest that was
 // free, and the same at each start. Whatever an earlier process of that name had
-// is let go.
+// is let go. If that was killed a moment ago, Join waits until it is certain.
+// ErrLocked: another process of that name lives, with a copy of what this one has
+// kept; nothing was changed, and another name will do.
 func (s *Postgres) Join(ctx context.Context, name string) (number int, err error) {
+	var first time.Time // when the other process was last seen
+	for {
+		other, silent, err := s.rival(ctx, name)
+		switch {
+		case err != nil:
+			return 0, err
+		case silent > certainlyDead:
+			return s.become(ctx, name)
+		case first.IsZero():
+			first = other
+		case !other.Equal(first):
+			return 0, fmt.Errorf("join the replicas as %s: %w by another process, which lives", name, ErrLocked)
+		}
+		t := time.NewTimer(min(certainlyDead-silent+time.Millisecond, BeatEvery/4))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return 0, ctx.Err()
+		}
+	}
+}
+
+// rival returns when another process said last that it is the replica of that
+// name, and how long it has been silent: for ever, if there is none.
+func (s *Postgres) rival(ctx context.Context, name string) (seen time.Time, silent time.Duration, err error) {
+	var seconds float64
+	err = s.read(ctx, "look for the replica's last process", func(ctx context.Context) error {
+		return s.db.QueryRowContext(ctx, `SELECT seen, extract(epoch FROM now() - seen)::float8 FROM replicas WHERE name = $1 AND process <> $2`, name, s.process).Scan(&seen, &seconds)
+	})
+	if errors.Is(err, ErrNotFound) {
+		return time.Time{}, Lease, nil
+	}
+	return seen, time.Duration(seconds * float64(time.Second)), err
+}
+
+// become takes over a name.
+func (s *Postgres) become(ctx context.Context, name string) (number int, err error) {
 	err = s.tx(ctx, "join the replicas", func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO replicas (name, number, about, seen)
-			SELECT $1, (SELECT min(n) FROM generate_series(0, (SELECT count(*) FROM replicas)) AS n WHERE n NOT IN (SELECT number FROM replicas)), '{}', now()
-			ON CONFLICT (name) DO UPDATE SET seen = now()`, name)
+		_, err := tx.ExecContext(ctx, `INSERT INTO replicas (name, number, about, seen, process)
+			SELECT $1, (SELECT min(n) FROM generate_series(0, (SELECT count(*) FROM replicas)) AS n WHERE n NOT IN (SELECT number FROM replicas)), '{}', now(), $2
+			ON CONFLICT (name) DO UPDATE SET seen = now(), process = $2`, name, s.process)
 		if err != nil {
 			return err
 		}
@@ -53,9 +98,12 @@ func (s *Postgres) Beat(ctx context.Context, about ReplicaInfo) (map[string]Repl
 	}
 	others := make(map[string]ReplicaInfo)
 	err = s.do(ctx, "tell the other replicas", func(ctx context.Context) error {
-		_, err := s.db.ExecContext(ctx, `UPDATE replicas SET about = $2, seen = now() WHERE name = $1`, s.replica, text)
+		done, err := s.db.ExecContext(ctx, `UPDATE replicas SET about = $2, seen = now() WHERE name = $1 AND process = $3`, s.replica, text, s.process)
 		if err != nil {
 			return err
+		}
+		if n, err := done.RowsAffected(); err != nil || n == 0 {
+			return errors.Join(err, fmt.Errorf("replica %s is %w by another process", s.replica, ErrLocked))
 		}
 		rows, err := s.db.QueryContext(ctx, `SELECT name, about FROM replicas WHERE name <> $1 AND seen > now() - make_interval(secs => $2)`, s.replica, Lease.Seconds())
 		if err != nil {
@@ -110,7 +158,7 @@ func (s *Postgres) tidy(ctx context.Context) error {
 // Leave implements Shared.
 func (s *Postgres) Leave(ctx context.Context) error {
 	return s.do(ctx, "leave the replicas", func(ctx context.Context) error {
-		_, err := s.db.ExecContext(ctx, `UPDATE replicas SET seen = now() - interval '1 day' WHERE name = $1`, s.replica)
+		_, err := s.db.ExecContext(ctx, `UPDATE replicas SET seen = now() - interval '1 day' WHERE name = $1 AND process = $2`, s.replica, s.process)
 		return err
 	})
 }

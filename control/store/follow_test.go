@@ -2,7 +2,10 @@ package store
 
 import (
 	"context"
+	"database/sql"
+	"database/sql/driver"
 	"errors"
+	"fmt"
 	"net/netip"
 	"reflect"
 	"sync"
@@ -213,6 +216,67 @@ func TestBeat(t *testing.T) {
 	}
 	if got := must[map[string]ReplicaInfo](t)(r[1].Beat(ctx, ReplicaInfo{})); len(got) != 1 {
 		t.Errorf("others: %+v", got)
+	}
+}
+
+// A copy of a replica cannot be it while that lives; and who stood still for so
+// long that another took its place is told.
+func TestCopyOfReplica(t *testing.T) {
+	url := pgtest.Database(t)
+	a, b := openPostgres(t, url), openPostgres(t, url)
+	if _, err := a.Join(ctx, "x"); err != nil {
+		t.Fatal(err)
+	}
+	living, die := context.WithCancel(ctx)
+	var beats sync.WaitGroup
+	beats.Go(func() {
+		for living.Err() == nil {
+			if _, err := a.Beat(ctx, ReplicaInfo{}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if _, err := b.Join(ctx, "x"); !errors.Is(err, ErrLocked) {
+		t.Errorf("a copy of one that lives: %v", err)
+	}
+	die()
+	beats.Wait()
+	if number, err := b.Join(ctx, "x"); err != nil || number != 0 {
+		t.Errorf("number %d in place of one that is silent: %v", number, err)
+	}
+	if _, err := a.Beat(ctx, ReplicaInfo{}); !errors.Is(err, ErrLocked) {
+		t.Errorf("who stood still: %v", err)
+	}
+	if err := a.Leave(ctx); err != nil { // which is not its any more
+		t.Error(err)
+	}
+	c := openPostgres(t, url)
+	if _, err := c.Join(ctx, "y"); err != nil {
+		t.Fatal(err)
+	}
+	if others := must[map[string]ReplicaInfo](t)(c.Beat(ctx, ReplicaInfo{})); len(others) != 1 {
+		t.Errorf("others: %+v", others)
+	}
+}
+
+// An operation that takes too long is a database that is away, whatever the
+// layers between call it.
+func TestTakesTooLong(t *testing.T) {
+	url := pgtest.Database(t)
+	s, other := openPostgres(t, url), openPostgres(t, url)
+	tx := must[*sql.Tx](t)(other.db.Begin())
+	defer tx.Rollback()
+	if err := other.onlyWriter(ctx, tx); err != nil {
+		t.Fatal(err)
+	}
+	s.dialect.limit = 50 * time.Millisecond
+	if _, err := s.CreateUser(ctx, "admin", "alice", start); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("another writes all the time: %v", err)
+	}
+	for _, err := range []error{sql.ErrTxDone, sql.ErrConnDone, driver.ErrBadConn, context.DeadlineExceeded} {
+		if err := s.classify(fmt.Errorf("commit: %w", err)); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("not taken for a database that is away: %v", err)
+		}
 	}
 }
 

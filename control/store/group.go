@@ -83,11 +83,7 @@ func (g *group) run(lead []*change, own *change, commit func([]*change) error) {
 // what concerns one is in its err.
 func (s *database) commit(changes []*change) error {
 	// The transaction belongs to several callers: none of them ends it.
-	ctx, cancel := context.WithCancel(context.WithoutCancel(changes[0].ctx))
-	if s.dialect.limit > 0 {
-		cancel()
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(changes[0].ctx), s.dialect.limit)
-	}
+	ctx, cancel := s.limited(context.WithoutCancel(changes[0].ctx))
 	defer cancel()
 	tx, err := s.db.BeginTx(ctx, nil)
 	if err != nil {

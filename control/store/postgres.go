@@ -2,7 +2,9 @@ package store
 
 import (
 	"context"
+	"crypto/rand"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +31,7 @@ type Postgres struct {
 	conf     *pgx.ConnConfig
 	migrated bool   // set before others use the store
 	replica  string // set by Join, before others use the store
+	process  string // tells this user of the database apart from all others
 	doubt    doubt
 
 	tidyMu sync.Mutex // guards tidied
@@ -69,7 +72,7 @@ func OpenPostgres(ctx context.Context, url string) (_ *Postgres, err error) {
 			conf.RuntimeParams[name] = value
 		}
 	}
-	s := &Postgres{conf: conf}
+	s := &Postgres{conf: conf, process: rand.Text()}
 	s.db = stdlib.OpenDB(*conf)
 	s.db.SetMaxOpenConns(postgresConns)
 	s.db.SetMaxIdleConns(postgresConns)
@@ -79,13 +82,13 @@ func OpenPostgres(ctx context.Context, url string) (_ *Postgres, err error) {
 		begin:    s.onlyWriter,
 		ended:    s.doubt.committed,
 		classify: classifyPostgres,
-		limit:    postgresPatience,
 	}
 	if err := s.migrate(ctx); err != nil {
 		s.Close()
 		return nil, err
 	}
 	s.migrated = true
+	s.dialect.limit = postgresPatience // to change large tables takes as long as it does
 	return s, nil
 }
 
@@ -186,7 +189,8 @@ func classifyPostgres(err error) error {
 			kind = postgresErrors[pe.Code[:2]]
 		}
 	case errors.As(err, &ce), errors.As(err, &ne), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, net.ErrClosed),
-		errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err):
+		errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err), errors.Is(err, driver.ErrBadConn), errors.Is(err, sql.ErrConnDone),
+		errors.Is(err, sql.ErrTxDone): // its time was over, and package sql took it back
 		kind = ErrUnavailable
 	}
 	if kind == nil || errors.Is(err, kind) {

@@ -19,7 +19,8 @@ type Shared interface {
 	Replica() string
 	// Beat tells the others that this replica lives and what it is, and returns
 	// those that have told so within Lease, itself not among them. It also
-	// tidies up what nobody needs any more.
+	// tidies up what nobody needs any more. ErrLocked: another process is this
+	// replica by now, and this one misses what that one does.
 	Beat(ctx context.Context, about ReplicaInfo) (map[string]ReplicaInfo, error)
 	// Leave says that this replica ends.
 	Leave(ctx context.Context) error
@@ -49,8 +50,12 @@ type Shared interface {
 	Logins(ctx context.Context, now time.Time) ([]Login, error)
 }
 
-// Lease is how long a replica counts as alive after it said so.
-const Lease = 10 * time.Second
+// A replica says every BeatEvery that it lives, and counts as alive for Lease
+// after that.
+const (
+	BeatEvery = 2 * time.Second
+	Lease     = 10 * time.Second
+)
 
 // ReplicaInfo is what a replica tells the others.
 type ReplicaInfo struct {
@@ -94,3 +99,8 @@ type Login struct {
 	State     int // as the server counts them
 	Node      wire.NodeID
 }
+
+// schema8Postgres: which process a replica is.
+const schema8Postgres = `
+ALTER TABLE replicas ADD COLUMN process TEXT NOT NULL DEFAULT '';
+`
