@@ -62,8 +62,12 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	if ctx.Err() != nil {
 		return fail(ctxError(ctx))
 	}
+	st, err := s.gVisor()
+	if err != nil {
+		return fail(err)
+	}
 	var wq waiter.Queue
-	tep, terr := s.st.NewEndpoint(tcp.ProtocolNumber, protocolOf(remote.Addr()), &wq)
+	tep, terr := st.NewEndpoint(tcp.ProtocolNumber, protocolOf(remote.Addr()), &wq)
 	if terr != nil {
 		return fail(toErrno(terr))
 	}
@@ -75,7 +79,7 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	defer s.wg.Done()
 	c := newConn(s, ep, &wq)
-	err := c.reserve()
+	err = c.reserve()
 	if err == nil {
 		err = s.connect(ctx, c, d, local, remote)
 	}

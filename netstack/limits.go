@@ -80,11 +80,11 @@ func (l Limits) fill() (Limits, error) {
 // the connection is closed: the sum is never more than the limit, whatever peers
 // send.
 type budget struct {
-	st     *stack.Stack
 	most   int   // connections
 	memory int64 // for all together
 
-	mu        sync.Mutex // guards the fields below; setSend calls gVisor with it held
+	mu        sync.Mutex   // guards the fields below; setSend calls gVisor with it held
+	st        *stack.Stack // nil before attach
 	conns     int
 	spare     int64 // what is not reserved, beyond sureBuffer for each of most
 	wider     int64 // what is left of spareWindow
@@ -93,19 +93,26 @@ type budget struct {
 	sweepAt   int // the length of lingering at which it is looked through
 }
 
-func newBudget(st *stack.Stack, l Limits) (*budget, error) {
-	b := &budget{
-		st: st, most: l.Connections, memory: l.ReceiveMemory, spare: l.ReceiveMemory - int64(l.Connections)*sureBuffer,
+func newBudget(l Limits) *budget {
+	return &budget{
+		most: l.Connections, memory: l.ReceiveMemory, spare: l.ReceiveMemory - int64(l.Connections)*sureBuffer,
 		wider: spareWindow, sweepAt: 64,
 	}
+}
+
+// attach tells the stack what connections begin with. It comes before the first.
+func (b *budget) attach(st *stack.Stack) error {
 	// The default is what an endpoint begins with of which the budget does not
 	// know yet: one that a peer is just making.
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: sureBuffer, Max: maxBuffer}
 	if err := st.SetTransportProtocolOption(tcp.ProtocolNumber, &receive); err != nil {
-		return nil, fmt.Errorf("netstack: set TCP option %T: %v", receive, err)
+		return fmt.Errorf("netstack: set TCP option %T: %v", receive, err)
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.st = st
 	b.setSend(1)
-	return b, nil
+	return nil
 }
 
 // setSend sets what send buffers begin with from now on: with more connections

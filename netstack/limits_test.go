@@ -242,7 +242,7 @@ func TestLingerIsBounded(t *testing.T) {
 		ca.Close()
 	}
 	n := 0
-	for _, tep := range a.st.RegisteredEndpoints() {
+	for _, tep := range a.registered() {
 		if ep, ok := tep.(*tcp.Endpoint); ok && live(ep) {
 			n++
 		}

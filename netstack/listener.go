@@ -20,8 +20,12 @@ import (
 // Listener accepts TCP connections.
 type Listener struct {
 	s        *Stack
-	ep       *tcp.Endpoint
+	network  string
+	proto    tcpip.NetworkProtocolNumber
+	v6only   bool
+	bind     tcpip.FullAddress
 	addr     netip.AddrPort
+	ep       *tcp.Endpoint // nil while the stack is not built; set under its buildMu, and before pumping
 	pumping  *errand.Errand
 	entry    waiter.Entry // asks for pumping when gVisor completed a handshake
 	queue    chan *Conn   // completed connections nobody accepted yet
@@ -44,45 +48,70 @@ func (s *Stack) Listen(network string, addr netip.AddrPort) (*Listener, error) {
 	if err != nil {
 		return fail(err)
 	}
-	var wq waiter.Queue
-	tep, terr := s.st.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
-	if terr != nil {
-		return fail(toErrno(terr))
-	}
-	ep := tep.(*tcp.Endpoint)
-	ops := ep.SocketOptions()
-	ops.SetV6Only(v6only)
-	ops.SetReuseAddress(true) // connections of an earlier listener may live on
 	l := &Listener{
-		s:     s,
-		ep:    ep,
-		queue: make(chan *Conn, s.backlog),
-		done:  make(chan struct{}),
+		s:       s,
+		network: network,
+		proto:   proto,
+		v6only:  v6only,
+		bind:    full,
+		queue:   make(chan *Conn, s.backlog),
+		done:    make(chan struct{}),
 	}
 	l.acceptBy.init()
 	l.pumping = errand.New(l.pump)
-	l.entry.Init(asking{l.pumping}, waiter.ReadableEvents)
-	wq.EventRegister(&l.entry)
-	if terr := ep.Bind(full); terr != nil {
-		ep.Close()
-		return fail(toErrno(terr))
+	if full.Addr.Len() == 0 {
+		later, err := s.listenLater(l)
+		if err != nil {
+			return fail(err)
+		}
+		if later {
+			return l, nil
+		}
 	}
-	if terr := ep.Listen(halfOpen); terr != nil {
-		ep.Close()
-		return fail(toErrno(terr))
+	st, err := s.gVisor()
+	if err != nil {
+		return fail(err)
 	}
-	local, terr := ep.GetLocalAddress()
-	if terr != nil {
-		ep.Close()
-		return fail(toErrno(terr))
+	if err := l.open(st); err != nil {
+		return fail(err)
 	}
-	l.addr = netip.AddrPortFrom(anyAddr(full.Addr, proto), local.Port)
 	if err := s.track(func() { s.listeners[l] = struct{}{} }); err != nil {
-		ep.Close()
+		l.ep.Close()
 		l.pumping.Close()
 		return fail(err)
 	}
 	return l, nil
+}
+
+// open makes the endpoint.
+func (l *Listener) open(st *stack.Stack) error {
+	wq := new(waiter.Queue)
+	tep, terr := st.NewEndpoint(tcp.ProtocolNumber, l.proto, wq)
+	if terr != nil {
+		return toErrno(terr)
+	}
+	l.ep = tep.(*tcp.Endpoint)
+	ops := l.ep.SocketOptions()
+	ops.SetV6Only(l.v6only)
+	ops.SetReuseAddress(true) // connections of an earlier listener may live on
+	l.entry.Init(asking{l.pumping}, waiter.ReadableEvents)
+	wq.EventRegister(&l.entry)
+	terr = l.ep.Bind(l.bind)
+	if terr == nil {
+		terr = l.ep.Listen(halfOpen)
+	}
+	var local tcpip.FullAddress
+	if terr == nil {
+		local, terr = l.ep.GetLocalAddress()
+	}
+	if terr != nil {
+		l.ep.Close()
+		return toErrno(terr)
+	}
+	if !l.addr.IsValid() { // else it knows, and has told
+		l.addr = netip.AddrPortFrom(anyAddr(l.bind.Addr, l.proto), local.Port)
+	}
+	return nil
 }
 
 // asking asks for an errand when gVisor tells of an event.
@@ -175,6 +204,14 @@ func (l *Listener) Close() error {
 	l.once.Do(func() {
 		close(l.done)
 		l.acceptBy.set(time.Time{})
+		l.s.buildMu.Lock()
+		if l.ep == nil {
+			l.s.untrack(func() { delete(l.s.listeners, l) })
+		}
+		l.s.buildMu.Unlock()
+		if l.ep == nil {
+			return
+		}
 		halfOpen := l.handshakes()
 		l.ep.Close()
 		for _, f := range halfOpen {
@@ -198,7 +235,7 @@ func (l *Listener) Close() error {
 // of a handshake: to it the queue of a closing listener is full.
 func (l *Listener) handshakes() []Flow {
 	var flows []Flow
-	for _, tep := range l.s.st.RegisteredEndpoints() {
+	for _, tep := range l.s.registered() {
 		ep, ok := tep.(*tcp.Endpoint)
 		if !ok || tcp.EndpointState(ep.State()) != tcp.StateSynRecv {
 			continue
@@ -214,7 +251,7 @@ func (l *Listener) handshakes() []Flow {
 // acknowledgement if it believes in the connection; the stack, which does not, then
 // resets it. An open connection of ours would survive it.
 func (s *Stack) provoke(f Flow) {
-	r, terr := s.st.FindRoute(nicID, toAddress(f.Local.Addr()), toAddress(f.Remote.Addr()), protocolOf(f.Local.Addr()), false)
+	r, terr := s.st.Load().FindRoute(nicID, toAddress(f.Local.Addr()), toAddress(f.Remote.Addr()), protocolOf(f.Local.Addr()), false)
 	if terr != nil {
 		return
 	}

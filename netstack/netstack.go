@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -52,10 +53,11 @@ const (
 
 const nicID tcpip.NICID = 1
 
-// Stack is a TCP/IP stack with one link and some own addresses. All methods may
-// be called concurrently. Close it to free its goroutines.
+// Stack is a TCP/IP stack with one link and some own addresses. It costs next to
+// nothing until a packet comes in or something but Listen is called. All methods
+// may be called concurrently. Close it to free its goroutines.
 type Stack struct {
-	st      *stack.Stack
+	st      atomic.Pointer[stack.Stack] // nil until it is needed; see build
 	link    *link
 	backlog int
 	budget  *budget
@@ -63,7 +65,7 @@ type Stack struct {
 	down    chan struct{}  // closed when Close is done
 	wg      sync.WaitGroup // dials under way
 
-	addrMu sync.Mutex // serialises SetAddrs
+	buildMu sync.Mutex // serialises SetAddrs and what has to know whether st is nil
 
 	mu        sync.Mutex // guards the fields below; never held while calling gVisor or Out
 	closed    bool
@@ -90,20 +92,10 @@ func New(c Config) (*Stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	st, err := newGVisor()
-	if err != nil {
-		return nil, err
-	}
-	budget, err := newBudget(st, limits)
-	if err != nil {
-		st.Destroy()
-		return nil, err
-	}
-	s := &Stack{
-		st:        st,
+	return &Stack{
 		link:      newLink(c.MTU, c.Out, c.PacketSize),
 		backlog:   limits.AcceptBacklog,
-		budget:    budget,
+		budget:    newBudget(limits),
 		closing:   make(chan struct{}),
 		down:      make(chan struct{}),
 		conns:     make(map[*tcp.Endpoint]*Conn),
@@ -111,16 +103,7 @@ func New(c Config) (*Stack, error) {
 		listeners: make(map[*Listener]struct{}),
 		flows:     make(map[Flow]*UDPConn),
 		packets:   make(map[*PacketConn]struct{}),
-	}
-	if err := st.CreateNIC(nicID, s.link); err != nil {
-		st.Destroy()
-		return nil, fmt.Errorf("netstack: create interface: %v", err)
-	}
-	st.SetRouteTable([]tcpip.Route{
-		{Destination: header.IPv4EmptySubnet, NIC: nicID},
-		{Destination: header.IPv6EmptySubnet, NIC: nicID},
-	})
-	return s, nil
+	}, nil
 }
 
 // SetAddrs replaces the own addresses. Connections on addresses that stay are
@@ -147,13 +130,20 @@ func (s *Stack) SetAddrs(addrs []netip.Addr) error {
 
 // replaceAddrs makes want the own addresses.
 func (s *Stack) replaceAddrs(want []netip.Addr) (err error) {
-	s.addrMu.Lock()
-	defer s.addrMu.Unlock()
+	s.buildMu.Lock()
+	defer s.buildMu.Unlock()
 	s.mu.Lock()
 	have, closed := s.addrs, s.closed
 	s.mu.Unlock()
 	if closed {
 		return fmt.Errorf("netstack: set addresses: %w", net.ErrClosed)
+	}
+	st := s.st.Load()
+	if st == nil {
+		s.mu.Lock()
+		s.addrs = want
+		s.mu.Unlock()
+		return nil
 	}
 	now := slices.Clone(have)
 	defer func() {
@@ -165,7 +155,7 @@ func (s *Stack) replaceAddrs(want []netip.Addr) (err error) {
 		if slices.Contains(want, a) {
 			continue
 		}
-		if terr := s.st.RemoveAddress(nicID, toAddress(a)); terr != nil {
+		if terr := st.RemoveAddress(nicID, toAddress(a)); terr != nil {
 			err = errors.Join(err, fmt.Errorf("netstack: remove address %v: %w", a, toErrno(terr)))
 			continue
 		}
@@ -175,9 +165,8 @@ func (s *Stack) replaceAddrs(want []netip.Addr) (err error) {
 		if slices.Contains(have, a) {
 			continue
 		}
-		p := tcpip.ProtocolAddress{Protocol: protocolOf(a), AddressWithPrefix: toAddress(a).WithPrefix()}
-		if terr := s.st.AddProtocolAddress(nicID, p, stack.AddressProperties{}); terr != nil {
-			err = errors.Join(err, fmt.Errorf("netstack: add address %v: %w", a, toErrno(terr)))
+		if aerr := addAddress(st, a); aerr != nil {
+			err = errors.Join(err, aerr)
 			continue
 		}
 		now = append(now, a)
@@ -187,7 +176,11 @@ func (s *Stack) replaceAddrs(want []netip.Addr) (err error) {
 
 // In takes packets from the mesh that passed the packet filter. They are copied
 // before it returns. Malformed packets are dropped; after Close all are.
-func (s *Stack) In(packets [][]byte) { s.link.deliver(packets) }
+func (s *Stack) In(packets [][]byte) {
+	if _, err := s.gVisor(); err == nil {
+		s.link.deliver(packets)
+	}
+}
 
 // Reject tells the application that the other side, or something on the way,
 // refused f. A DialTCP still connecting on f fails at once with err; a connected
@@ -223,13 +216,17 @@ func (s *Stack) Reject(f Flow, err error) bool {
 // endpoint finds the TCP endpoint of f, which is unmapped and valid; nil if
 // there is none.
 func (s *Stack) endpoint(f Flow) *tcp.Endpoint {
+	st := s.st.Load()
+	if st == nil {
+		return nil
+	}
 	id := stack.TransportEndpointID{
 		LocalAddress:  toAddress(f.Local.Addr()),
 		LocalPort:     f.Local.Port(),
 		RemoteAddress: toAddress(f.Remote.Addr()),
 		RemotePort:    f.Remote.Port(),
 	}
-	ep, ok := s.st.FindTransportEndpoint(protocolOf(f.Local.Addr()), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
+	ep, ok := st.FindTransportEndpoint(protocolOf(f.Local.Addr()), tcp.ProtocolNumber, id, nicID).(*tcp.Endpoint)
 	if !ok || flowOf(ep) != f {
 		return nil // a listener matches, too
 	}
@@ -263,7 +260,7 @@ func (s *Stack) AbortFlow(f Flow, err error) bool {
 // that still have data to send count too.
 func (s *Stack) Abort(match func(Flow) bool, err error) int {
 	n := 0
-	for _, tep := range s.st.RegisteredEndpoints() {
+	for _, tep := range s.registered() {
 		ep, ok := tep.(*tcp.Endpoint)
 		if !ok {
 			continue
@@ -356,6 +353,8 @@ func (s *Stack) Close() error {
 	s.mu.Unlock()
 
 	close(s.closing)
+	s.buildMu.Lock() // whoever builds has done so, and nobody will
+	s.buildMu.Unlock()
 	s.link.taking.close()
 	for _, d := range dials {
 		d.reject(net.ErrClosed)
@@ -377,7 +376,7 @@ func (s *Stack) Close() error {
 	// No packet comes in any more, but those already queued may still complete
 	// a handshake: repeat until nothing is left.
 	for {
-		eps := s.st.RegisteredEndpoints()
+		eps := s.registered()
 		if len(eps) == 0 {
 			break
 		}
@@ -386,7 +385,9 @@ func (s *Stack) Close() error {
 		}
 	}
 	s.link.close()
-	s.st.Destroy()
+	if st := s.st.Load(); st != nil {
+		st.Destroy()
+	}
 	close(s.down)
 	return nil
 }

@@ -43,8 +43,12 @@ type udpSocket struct {
 
 // newUDP makes a socket that is not bound yet.
 func (s *Stack) newUDP(proto tcpip.NetworkProtocolNumber, v6only bool) (*udpSocket, error) {
+	st, err := s.gVisor()
+	if err != nil {
+		return nil, err
+	}
 	var wq waiter.Queue
-	ep, terr := s.st.NewEndpoint(udp.ProtocolNumber, proto, &wq)
+	ep, terr := st.NewEndpoint(udp.ProtocolNumber, proto, &wq)
 	if terr != nil {
 		return nil, toErrno(terr)
 	}
