@@ -503,6 +503,7 @@ func (r *relay) up(l *liveRelay) {
 	r.flush(l.conn)
 	r.leaveIfOld(l)
 	r.set.events.relayUp(r.id)
+	r.leaveUnnamed(l)
 }
 
 // serve reads from a connection until it ends; left says that it had been left

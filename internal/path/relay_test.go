@@ -82,6 +82,19 @@ func TestRelayRestarting(t *testing.T) {
 	})
 }
 
+// relaysOfRegion is a map whose region 1 has relays of these names.
+func relaysOfRegion(names ...string) *wire.DERPMap {
+	m := relayMap(1, 2)
+	one := *m.Regions[1].Nodes[0]
+	m.Regions[1].Nodes = nil
+	for _, name := range names {
+		n := one
+		n.Name = name
+		m.Regions[1].Nodes = append(m.Regions[1].Nodes, &n)
+	}
+	return m
+}
+
 // TestRegionOfSeveralRelays: a node leaves a relay for another one of the region
 // without a gap, and never the region for it.
 func TestRegionOfSeveralRelays(t *testing.T) {
@@ -91,22 +104,11 @@ func TestRegionOfSeveralRelays(t *testing.T) {
 		first.next, second.next = second, first
 		n.siblings = map[string]*memRelay{"1a": first, "1b": second}
 		n.relays[2].setDown(true)
-		relays := func(names ...string) *wire.DERPMap {
-			m := relayMap(1, 2)
-			one := *m.Regions[1].Nodes[0]
-			m.Regions[1].Nodes = nil
-			for _, name := range names {
-				n := one
-				n.Name = name
-				m.Regions[1].Nodes = append(m.Regions[1].Nodes, &n)
-			}
-			return m
-		}
 		cfg, b := n.config("192.0.2.2")
 		cfg.RelayOnly = true
 		n.start(cfg, b)
 		for _, nd := range []*node{a, b} {
-			nd.SetRelays(relays("1a", "1b"))
+			nd.SetRelays(relaysOfRegion("1a", "1b"))
 			nd.Ready(t.Context())
 		}
 		a.knows(b.peer(1))
@@ -156,10 +158,10 @@ func TestRegionOfSeveralRelays(t *testing.T) {
 			t.Error("still connected to the relay that was left")
 		}
 		// The map does not name it any more; then names it again.
-		b.SetRelays(relays("1b"))
+		b.SetRelays(relaysOfRegion("1b"))
 		talk(time.Second)
 		at(b, second)
-		b.SetRelays(relays("1a", "1b"))
+		b.SetRelays(relaysOfRegion("1a", "1b"))
 		talk(lingerFor)
 		at(b, second)
 		if lost > 0 {
@@ -182,6 +184,44 @@ func TestRegionOfSeveralRelays(t *testing.T) {
 		if a.HomeRegion() != 2 {
 			t.Errorf("home %d", a.HomeRegion())
 		}
+	})
+}
+
+// TestMapWhileMoving: what the map says of a region while a node connects to one of
+// its relays, or moves to another, is not forgotten.
+func TestMapWhileMoving(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		n, a := regions(t, func(c *Config) { c.RelayOnly = true })
+		n.delay = time.Second
+		n.siblings = map[string]*memRelay{}
+		for _, name := range []string{"1a", "1b", "1c"} {
+			n.siblings[name] = &memRelay{region: 1, conns: make(map[identity.NodePublic]*memRelayConn)}
+		}
+		n.relays[2].setDown(true)
+		at := func(want string) {
+			t.Helper()
+			for name, r := range n.siblings {
+				if _, home := r.isHome(a.key()); home != (name == want) {
+					t.Errorf("home at relay %s: %v, want it at %s", name, home, want)
+				}
+			}
+		}
+		tell := func(first, second, want string) {
+			t.Helper()
+			a.SetRelays(relaysOfRegion(first))
+			settle(n.delay / 2)
+			a.SetRelays(relaysOfRegion(second))
+			settle(5 * time.Second)
+			at(want)
+		}
+		tell("1a", "1b", "1b")
+		settle(lingerFor)
+		tell("1a", "1c", "1c")
+		settle(lingerFor)
+		tell("1a", "1c", "1c") // it never should have left, and comes back
+		settle(lingerFor)
+		n.siblings["1a"].setDown(true)
+		tell("1a", "1b", "1b")
 	})
 }
 

@@ -111,9 +111,12 @@ func (s *relaySet) switchOver() {
 		case next == nil || !next.linger.Stop():
 			// It has not connected, or did not stay.
 			s.wg.Go(func() { l.conn.Close() })
-		case r.replace(l, next, wire.KeptKeyFor) && next.ended.Load() && r.live.CompareAndSwap(next, nil):
+		case !r.replace(l, next, wire.KeptKeyFor):
+		case next.ended.Load() && r.live.CompareAndSwap(next, nil):
 			// It ended while it was not in use yet, and whoever read it has gone.
 			s.wg.Go(func() { r.run(nil) })
+		default:
+			r.leaveUnnamedLocked(next)
 		}
 	}
 }

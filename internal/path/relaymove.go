@@ -3,7 +3,6 @@ package path
 import (
 	"errors"
 	"reflect"
-	"slices"
 	"time"
 
 	"mesh/control/wire"
@@ -93,14 +92,37 @@ func (r *relay) redefineLocked(def *wire.DERPRegion) {
 	if same {
 		return
 	}
-	l := r.live.Load()
-	switch {
-	case l == nil:
-		select {
-		case r.kick <- struct{}{}:
-		default:
-		}
-	case l.node == nil || !slices.ContainsFunc(def.Nodes, func(n *wire.DERPNode) bool { return reflect.DeepEqual(n, l.node) }):
+	if l := r.live.Load(); l != nil {
+		r.leaveUnnamedLocked(l)
+		return
+	}
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// leaveUnnamed leaves a connection if the map that came while it was made does
+// not name its relay.
+func (r *relay) leaveUnnamed(l *liveRelay) {
+	r.set.mu.RLock()
+	defer r.set.mu.RUnlock()
+	if r.live.Load() == l {
+		r.leaveUnnamedLocked(l)
+	}
+}
+
+// leaveUnnamedLocked leaves a connection for another if the map does not name its
+// relay. relaySet.mu is held.
+func (r *relay) leaveUnnamedLocked(l *liveRelay) {
+	r.mu.Lock()
+	nodes := r.def.Nodes
+	r.mu.Unlock()
+	named := len(nodes) == 0 && l.node == nil
+	for _, n := range nodes {
+		named = named || reflect.DeepEqual(n, l.node)
+	}
+	if !named {
 		r.moveLocked(l, func() { l.conn.Close() })
 	}
 }
@@ -123,7 +145,9 @@ func (r *relay) restarting(l *liveRelay, in time.Duration) {
 }
 
 // moveLocked leaves a connection for one to another relay of the region once
-// there is one; fail is called if there is none. relaySet.mu is held.
+// there is one; fail is called if there is none. While that is under way nothing
+// else moves: what the map says meanwhile is looked at when it is over.
+// relaySet.mu is held.
 func (r *relay) moveLocked(l *liveRelay, fail func()) {
 	if r.set.closed || r.moving.Swap(true) {
 		return
@@ -141,6 +165,7 @@ func (r *relay) moveLocked(l *liveRelay, fail func()) {
 		r.moving.Store(false)
 		if moved {
 			r.set.events.relayMoved(r.id)
+			r.leaveUnnamed(next)
 			r.run(next)
 		}
 	})
