@@ -188,6 +188,9 @@ func (t *Tunnel) admit(k *knocking) {
 	var msg [responseSize]byte
 	p.mu.Lock()
 	s, ok := t.respond(p, &o, &msg, now)
+	if ok && key == t.keys.Load().current {
+		p.hasty = false // it knows the key, and has the session of it
+	}
 	p.mu.Unlock()
 	if !ok {
 		return

@@ -13,6 +13,48 @@ import (
 	"mesh/identity"
 )
 
+// A peer that made its session with the new key of a node does not drop it any more:
+// another handshake with it is in no haste, though the node began none.
+func TestHasteEnds(t *testing.T) {
+	bubble(t, func(t *testing.T, nw *network) {
+		tp := nw.tap()
+		a, b := pair(t, nw)
+		a.say(t, b, "x")
+		b.wantGot(t, a, "x")
+		time.Sleep(rejectAfter + keepaliveAfter) // no session is left, and there is nothing to renew
+		next, former := identity.NewNode(), a.key
+		if err := a.t.SetKey(next); err != nil {
+			t.Fatal(err)
+		}
+		b.forget(a)
+		a.key = next.Public()
+		b.knows(a)
+		nw.mu.Lock()
+		nw.nodes[a.key] = a
+		nw.mu.Unlock()
+		b.t.Update([]identity.NodePublic{former, a.key})
+		b.say(t, a, "y")
+		a.wantGot(t, b, "y")
+		nw.mu.Lock()
+		record := nw.wire
+		nw.wire = func(from, to *node, d []byte) [][]byte {
+			out := record(from, to, d)
+			if from == b {
+				return nil
+			}
+			return out
+		}
+		nw.mu.Unlock()
+		before := len(tp.of("a>b", typeInitiation))
+		a.say(t, b, "z")
+		time.Sleep(silenceAfter + rekeyTimeout - time.Second)
+		synctest.Wait()
+		if n := len(tp.of("a>b", typeInitiation)) - before; n != 1 {
+			t.Errorf("%d initiations within %v", n, rekeyTimeout-time.Second)
+		}
+	})
+}
+
 // A node gets a new key while packets go both ways. Its own sessions live until
 // the new ones are there. The peer, as soon as its netmap has the new key alone,
 // hears nothing of the old one: what is on its way then is lost, and what was
