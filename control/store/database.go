@@ -74,10 +74,14 @@ func (s *database) timed(write bool, f func() error) error {
 func (s *database) do(ctx context.Context, what string, f func(context.Context) error) error {
 	err := s.gate.check()
 	if err == nil {
-		ctx, cancel := s.limited(ctx)
+		limited, cancel := s.limited(ctx)
 		defer cancel()
-		err = s.classify(f(ctx))
-		s.gate.note(err)
+		err = s.classify(f(limited))
+		// That a caller gave up, and its connection with it, says nothing of the
+		// database.
+		if !errors.Is(ctx.Err(), context.Canceled) {
+			s.gate.note(err)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)

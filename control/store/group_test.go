@@ -114,3 +114,23 @@ func TestGroupCommitPanics(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Who gives up while it connects closes the way to the database for nobody else.
+func TestCallerGivesUp(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "mesh.db"))
+	connect := func(up func()) func(context.Context) error {
+		return func(context.Context) error {
+			up()
+			return fmt.Errorf("connect: %w", ErrUnavailable)
+		}
+	}
+	giving, up := context.WithCancel(ctx)
+	if err := s.read(giving, "look", connect(up)); !errors.Is(err, ErrUnavailable) {
+		t.Error(err)
+	}
+	must[[]Node](t)(s.Nodes(ctx))
+	s.read(ctx, "look", connect(func() {}))
+	if _, err := s.Nodes(ctx); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("asked at once again: %v", err)
+	}
+}
