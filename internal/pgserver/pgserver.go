@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -65,7 +66,8 @@ type Server struct {
 }
 
 // Start makes a database server in dir, or goes on with the one that is there,
-// and serves it on a unix socket. Whoever can open that may do everything.
+// and serves it on a unix socket. Whoever can open that may do everything. On
+// Linux the server also ends when this process does, however that comes.
 func Start(ctx context.Context, bin, dir string) (_ *Server, err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return nil, err
@@ -97,15 +99,25 @@ func Start(ctx context.Context, bin, dir string) (_ *Server, err error) {
 		"-c", "unix_socket_directories="+dir,
 		"-c", "unix_socket_permissions=0700",
 		"-c", "fsync=off", "-c", "logging_collector=off", "-c", "log_destination=stderr", "-c", "lc_messages=C")
-	p.cmd.Dir, p.cmd.SysProcAttr = dir, attr
+	p.cmd.Dir, p.cmd.SysProcAttr = dir, endWithParent(attr)
 	log, err := p.cmd.StderrPipe()
 	if err != nil {
 		return nil, err
 	}
-	if err := p.cmd.Start(); err != nil {
+	started := make(chan error)
+	go func() {
+		// What counts as the parent's end is that of the thread which started it.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err == nil {
+			p.read(log)
+		}
+	}()
+	if err := <-started; err != nil {
 		return nil, fmt.Errorf("postgres: %w", err)
 	}
-	go p.read(log)
 	var last string
 	for {
 		select {
