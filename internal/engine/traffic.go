@@ -105,6 +105,9 @@ func (e *Engine) judgeOut(packets [][]byte) (to identity.NodePublic, n int, ok b
 	var pkt filter.Packet
 	var dst netip.Addr
 	for i, b := range packets {
+		if i > 0 && filter.Continues(packets[i-1], b) {
+			continue
+		}
 		if pkt.Decode(b) != nil {
 			if i == 0 {
 				e.counts.malformed.Add(1)
@@ -150,10 +153,18 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		packets = nil
 	}
 	owned, jailed := false, false
+	var let []byte // the last packet, if it was let in
+	again := 0     // packets like it
 	for _, b := range packets {
 		if len(b) == 0 {
 			continue // a keepalive
 		}
+		if let != nil && filter.Continues(let, b) {
+			accepted = append(accepted, b)
+			again++
+			continue
+		}
+		let = nil
 		if err := pkt.Decode(b); err != nil {
 			e.counts.malformed.Add(1)
 			continue
@@ -180,6 +191,7 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		switch v.Action {
 		case filter.Accept:
 			accepted = append(accepted, b)
+			let = b
 		case filter.Reject:
 			if !e.mayTell(from) {
 				e.counts.untold.Add(1)
@@ -201,6 +213,9 @@ func (e *Engine) deliver(from identity.NodePublic, packets [][]byte) {
 		}
 	}
 	e.judging.RUnlock()
+	if again > 0 {
+		e.filter.Accepted(again)
+	}
 
 	// Messages first: one that ends a connection says more than the reset that
 	// follows it.

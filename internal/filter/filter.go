@@ -144,6 +144,13 @@ func (f *Filter) In(p *Packet, peer identity.NodePublic) Verdict {
 	return v
 }
 
+// Accepted counts n packets that Continues joined to one that In accepted.
+func (f *Filter) Accepted(n int) {
+	f.mu.Lock()
+	f.counts.Accepted += uint64(n)
+	f.mu.Unlock()
+}
+
 func (f *Filter) in(p *Packet, peer *identity.NodePublic, now int64) Verdict {
 	if f.rules == nil {
 		return Verdict{Reason: ReasonNoRules}

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"encoding/binary"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -198,14 +199,18 @@ func (t *Tunnel) deliver(c *catch, s *session, now time.Time) {
 	packets := c.packets[:0]
 	var refused, bytes uint64
 	blocked := t.blocked.Load()
+	var src, dst netip.Addr // of the packet before
+	owned := false
 	t.mu.RLock()
 	for _, b := range c.packets {
 		packet, ok := unpad(b)
 		if ok {
-			src, dst, _ := addresses(packet)
-			ok = !p.dead.Load() && t.table.owner(src) == p && !isBlocked(blocked, src) && !isBlocked(blocked, dst)
+			if s, d, _ := addresses(packet); s != src || d != dst {
+				src, dst = s, d
+				owned = t.table.owner(src) == p && !isBlocked(blocked, src) && !isBlocked(blocked, dst)
+			}
 		}
-		if !ok {
+		if !ok || !owned || p.dead.Load() {
 			refused++
 			continue
 		}
