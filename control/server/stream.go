@@ -144,14 +144,12 @@ func (s *Server) changedSelf(n *node) {
 	}
 }
 
-// affected tells the nodes whose filter or peers a change of subject touched.
-// Server.mu is held.
+// affected tells the nodes whose filter or peers a change of subject touched:
+// ids, in order. Server.mu is held.
 func (s *Server) affected(subject wire.NodeID, ids []wire.NodeID) {
-	visible := make(map[wire.NodeID]struct{})
+	var visible []wire.NodeID
 	if s.nodes.byID[subject] != nil {
-		for _, id := range s.policy.compiled.Visible(subject) {
-			visible[id] = struct{}{}
-		}
+		visible = s.policy.compiled.Visible(subject)
 	}
 	for _, id := range ids {
 		v := s.nodes.byID[id]
@@ -164,10 +162,13 @@ func (s *Server) affected(subject wire.NodeID, ids []wire.NodeID) {
 			v.stream.poke()
 			continue
 		}
-		_, ok := visible[id]
+		_, ok := slices.BinarySearch(visible, id)
 		v.stream.peer(subject, ok)
 	}
-	for id := range visible {
+	for _, id := range visible {
+		if _, told := slices.BinarySearch(ids, id); told {
+			continue
+		}
 		if v := s.nodes.byID[id]; v != nil && v.stream != nil {
 			v.stream.peer(subject, true)
 		}
@@ -283,12 +284,8 @@ func (s *Server) collect(st *stream) (n news) {
 	}
 	if p.all {
 		visible := s.policy.compiled.Visible(st.id)
-		set := make(map[wire.NodeID]struct{}, len(visible))
-		for _, id := range visible {
-			set[id] = struct{}{}
-		}
 		for _, v := range slices.Clone(st.sent) {
-			if _, ok := set[v.node.ID]; !ok || s.nodes.byID[v.node.ID] == nil {
+			if _, ok := slices.BinarySearch(visible, v.node.ID); !ok || s.nodes.byID[v.node.ID] == nil {
 				gone(v.node.ID)
 			}
 		}

@@ -39,7 +39,7 @@ func run() error {
 	changes := flag.Int("changes", 50, "how `MANY` endpoint changes, new nodes and revocations (a fifth of these)")
 	rate := flag.Int("rate", 100, "ephemeral `NODES` a second")
 	churn := flag.Duration("churn", 30*time.Second, "how `LONG` ephemeral nodes come")
-	idle := flag.Duration("idle", 20*time.Second, "how `LONG` to be idle")
+	idle := flag.Duration("idle", 70*time.Second, "how `LONG` to be idle: keep-alives come once a minute")
 	limit := flag.Duration("limit", 30*time.Minute, "most `TIME` that all may take")
 	replicas := flag.Int("replicas", 1, "how `MANY` servers; phase kill needs two")
 	resume := flag.Bool("resume", true, "nodes resume their map sessions")
