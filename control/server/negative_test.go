@@ -452,6 +452,37 @@ func TestClockLeaps_C40(t *testing.T) {
 	}
 }
 
+// C 42: an older copy of the database is found by what nodes know. That of the
+// file alone is package host's.
+func TestOlderCopyIsFound_C42(t *testing.T) {
+	w := newWorld(t, nil)
+	allow(w)
+	m := w.machine().join(w.key(store.Key{}))
+	restored := func() (n int) {
+		log, err := w.store.Audit(t.Context(), time.Time{}, 0, 1000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range log {
+			if e.Action == "store.restored" {
+				n++
+			}
+		}
+		return n
+	}
+	newest := w.s.PolicyState().Version
+	m.lite(func(r *wire.MapRequest) { r.MeshApplied = newest })
+	if n := restored(); n != 0 {
+		t.Errorf("%d restores on record, and there was none", n)
+	}
+	for range 2 {
+		m.lite(func(r *wire.MapRequest) { r.MeshApplied = newest + 1 })
+	}
+	if n := restored(); n != 1 {
+		t.Errorf("%d restores on record", n)
+	}
+}
+
 // C 45: every route that the source names is one that needs a proof, or one of
 // the few that do not. A new one fails until somebody has decided.
 func TestEveryRouteIsDecided_C45(t *testing.T) {

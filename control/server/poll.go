@@ -131,6 +131,7 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 	s.unsaved[n.ID] = struct{}{}
 	s.applied(n.ID, req.MeshMapVersion)
 	s.judge(n, req.MeshFlows)
+	ahead := req.MeshApplied > s.policy.Version
 	s.changed(n)
 	if rerouted {
 		s.entitle(n)
@@ -139,6 +140,9 @@ func (s *Server) report(ctx context.Context, c *client, req *wire.MapRequest) er
 	s.mu.Unlock()
 	if rename {
 		s.rename(ctx, id, label(info.Hostname))
+	}
+	if ahead {
+		s.noteAhead(ctx, id, req.MeshApplied)
 	}
 	return nil
 }

@@ -150,6 +150,7 @@ type Server struct {
 	unsaved  map[wire.NodeID]struct{} // nodes whose reported state is not stored yet
 	deadline deadlines
 	views    int64 // how many were made
+	ahead    bool  // a node was found to know a newer policy
 	shared   memo  // has its own lock
 	logins   logins
 	receipts receipts
