@@ -52,7 +52,7 @@ func (s *Stack) build(addrs []netip.Addr, listeners []*Listener) (st *stack.Stac
 			st.Destroy()
 		}
 	}()
-	if err := s.budget.attach(st); err != nil {
+	if err := attach(st); err != nil {
 		return nil, err
 	}
 	if err := st.CreateNIC(nicID, s.link); err != nil {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,6 +35,7 @@ type Conn struct {
 	writeMu sync.Mutex // serialises Write; guards the fields below
 	src     bytes.Reader
 	out     pieces
+	wrote   atomic.Int64
 
 	done chan struct{} // closed by Close or fail
 
@@ -42,6 +44,7 @@ type Conn struct {
 	failure  error      // by fail
 	broken   error      // the error that ended the connection; gVisor tells it only once
 	reserved int64      // of the stack's receive memory, but for window.extra; 0 = none, or given back
+	room     int64      // the same of what is to be sent: the size of the send buffer, or what it is to be
 }
 
 var _ net.Conn = (*Conn)(nil)
@@ -137,6 +140,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 		c.src.Reset(b[done:])
 		n, terr := c.ep.Write(&c.src, tcpip.WriteOptions{})
 		done += int(n)
+		c.wrote.Add(n)
 		c.out.add(c.ep.SocketOptions(), int(n))
 		switch terr.(type) {
 		case nil:
@@ -145,7 +149,9 @@ func (c *Conn) Write(b []byte) (int, error) {
 			}
 			continue
 		case *tcpip.ErrWouldBlock:
-			c.waitFor(c.writable, by)
+			if !c.grow() {
+				c.waitFor(c.writable, by)
+			}
 			continue
 		}
 		if err := c.stopped(nil); err != nil {
@@ -232,6 +238,7 @@ func (c *Conn) Close() error {
 		return c.opError("close", net.ErrClosed)
 	}
 	c.closed = true
+	held := min(c.room, c.wrote.Load())
 	c.release()
 	aborted := c.failure != nil
 	if !aborted {
@@ -250,7 +257,7 @@ func (c *Conn) Close() error {
 		c.ep.Abort()
 	}
 	c.ep.Close()
-	c.s.budget.linger(c.ep)
+	c.s.budget.linger(c.ep, held)
 	return nil
 }
 
@@ -258,15 +265,15 @@ func (c *Conn) Close() error {
 func (c *Conn) reserve() (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.reserved, err = c.s.budget.open(c.ep)
+	c.reserved, c.room, err = c.s.budget.open(c.ep)
 	return err
 }
 
 // release gives the share back. The caller holds mu.
 func (c *Conn) release() {
 	if c.reserved > 0 {
-		c.s.budget.close(c.reserved, c.window.extra)
-		c.reserved, c.window.extra = 0, 0
+		c.s.budget.close(c.reserved, c.window.extra, c.room)
+		c.reserved, c.window.extra, c.room = 0, 0, 0
 	}
 }
 

@@ -3,7 +3,6 @@ package netstack
 import (
 	"errors"
 	"fmt"
-	"math/bits"
 	"slices"
 	"sync"
 
@@ -17,14 +16,16 @@ import (
 var ErrTooManyConnections = errors.New("too many connections are open")
 
 // Limits bound what the connections of a Stack may take from the process. The
-// zero value is the defaults, which suit a process of 128 MB.
+// zero value is the defaults, with which a node whose connections all are full in
+// both directions stays below 100 MB: they suit a process of 128 MB.
 type Limits struct {
 	// ReceiveMemory bounds, in bytes, what has come in by TCP and nobody has
 	// read, over all connections. Each is sure of 16 KiB and the rest goes to
 	// those that ask first: the window of a connection is never opened for
 	// more than there is room for, so its peer waits and nothing is lost.
-	// What is to be sent may take about as much. 0 means 32 MiB, or 32 KiB for
-	// each of Connections if that is more.
+	// As much again, shared out in the same way, bounds what was written and
+	// the peers have not acknowledged: a Write beyond it waits. 0 means 32 MiB,
+	// or 32 KiB for each of Connections if that is more.
 	ReceiveMemory int64
 	// Connections bounds the TCP connections that are open: accepted, waiting
 	// to be, dialled or being dialled. Beyond it a dial fails with
@@ -46,9 +47,8 @@ const (
 	// sureBuffer is the receive buffer of a connection when there is no memory
 	// for more. TCP announces half of it, and keeps the rest for what its
 	// bookkeeping takes.
+	// It is also the least that a send buffer has.
 	sureBuffer = 16 << 10
-	// sureSend is the same of send buffers.
-	sureSend = 32 << 10
 )
 
 // fill returns l with the defaults.
@@ -76,90 +76,80 @@ func (l Limits) fill() (Limits, error) {
 }
 
 // budget keeps the connections of a stack within its limits. What a connection
-// may hold is reserved before its window is opened for it, and given back when
-// the connection is closed: the sum is never more than the limit, whatever peers
-// send.
+// may hold is reserved before its window, or its send buffer, is opened for it,
+// and given back when the connection is closed, or when what it still had to send
+// has left: the sums are never more than the limit, whatever peers do.
 type budget struct {
 	most   int   // connections
-	memory int64 // for all together
+	memory int64 // for all together, in each direction
 
-	mu        sync.Mutex   // guards the fields below; setSend calls gVisor with it held
-	st        *stack.Stack // nil before attach
+	mu        sync.Mutex // guards the fields below
 	conns     int
-	spare     int64 // what is not reserved, beyond sureBuffer for each of most
+	spare     int64 // what is not reserved to receive, beyond sureBuffer for each of most
 	wider     int64 // what is left of spareWindow
-	sendFor   int   // the number of connections that send buffers are bounded for
-	lingering []*tcp.Endpoint
+	spareSend int64 // what is not reserved to send, beyond sureBuffer for each of most
+	lingering []lingerer
 	sweepAt   int // the length of lingering at which it is looked through
 }
 
+// lingerer is a connection that the application has closed and that may still
+// have data to send.
+type lingerer struct {
+	ep   *tcp.Endpoint
+	held int64 // how much of spareSend, 0 once it has sent all
+}
+
 func newBudget(l Limits) *budget {
+	spare := l.ReceiveMemory - int64(l.Connections)*sureBuffer
 	return &budget{
-		most: l.Connections, memory: l.ReceiveMemory, spare: l.ReceiveMemory - int64(l.Connections)*sureBuffer,
+		most: l.Connections, memory: l.ReceiveMemory, spare: spare, spareSend: spare,
 		wider: spareWindow, sweepAt: 64,
 	}
 }
 
-// attach tells the stack what connections begin with. It comes before the first.
-func (b *budget) attach(st *stack.Stack) error {
-	// The default is what an endpoint begins with of which the budget does not
-	// know yet: one that a peer is just making.
+// attach tells the stack what an endpoint begins with of which the budget does
+// not know yet: one that a peer is just making.
+func attach(st *stack.Stack) error {
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: sureBuffer, Max: maxBuffer}
-	if err := st.SetTransportProtocolOption(tcp.ProtocolNumber, &receive); err != nil {
-		return fmt.Errorf("netstack: set TCP option %T: %v", receive, err)
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: sureBuffer, Max: maxBuffer}
+	for _, opt := range []tcpip.SettableTransportProtocolOption{&receive, &send} {
+		if err := st.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
+			return fmt.Errorf("netstack: set TCP option %T: %v", opt, err)
+		}
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.st = st
-	b.setSend(1)
 	return nil
 }
 
-// setSend sets what send buffers begin with from now on: with more connections
-// each has less. The caller holds mu.
-func (b *budget) setSend(conns int) {
-	b.sendFor = conns
-	share := b.memory / int64(4*conns)
-	// The most stays as it is: gVisor would cap the buffers that there are by a
-	// smaller one, and then never wakes a writer who waits for room in his.
-	option := tcpip.TCPSendBufferSizeRangeOption{
-		Min: minBuffer, Default: int(min(defaultBuffer, max(sureSend, share))), Max: maxBuffer,
-	}
-	b.st.SetTransportProtocolOption(tcp.ProtocolNumber, &option) // fails only if these are not in order
-}
-
-// count changes the number of connections. The caller holds mu.
-func (b *budget) count(by int) {
-	b.conns += by
-	if n := 1 << bits.Len(uint(max(0, b.conns-1))); n > b.sendFor || 4*n <= b.sendFor {
-		b.setSend(n)
-	}
-}
-
-// open makes room for a connection, and returns what it reserved, sureBuffer at
-// least; or ErrTooManyConnections.
-func (b *budget) open(ep *tcp.Endpoint) (reserved int64, err error) {
+// open makes room for a connection, and returns what it reserved to receive and to
+// send, sureBuffer at least; or ErrTooManyConnections.
+func (b *budget) open(ep *tcp.Endpoint) (receive, send int64, err error) {
 	b.mu.Lock()
 	if b.conns >= b.most {
 		b.mu.Unlock()
-		return 0, ErrTooManyConnections
+		return 0, 0, ErrTooManyConnections
 	}
-	b.count(1)
-	reserved = min(sureBuffer+b.spare/16, defaultBuffer)
-	b.spare -= reserved - sureBuffer
+	b.conns++
+	receive = min(sureBuffer+b.spare/16, defaultBuffer)
+	b.spare -= receive - sureBuffer
+	b.lookForRoom()
+	send = min(sureBuffer+max(0, b.spareSend)/16, defaultBuffer)
+	b.spareSend -= send - sureBuffer
 	b.mu.Unlock()
-	ep.SocketOptions().SetReceiveBufferSize(reserved, false)
-	return reserved, nil
+	ops := ep.SocketOptions()
+	ops.SetReceiveBufferSize(receive, false)
+	ops.SetSendBufferSize(send, true) // from now on gVisor does not size it
+	return receive, send, nil
 }
 
 // close gives back what a connection had reserved, and by how much it was
-// widened.
-func (b *budget) close(reserved, extra int64) {
+// widened. Of what it may still have to send, linger takes a part again.
+func (b *budget) close(receive, extra, send int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.count(-1)
-	b.spare += reserved - sureBuffer + extra
+	b.conns--
+	b.spare += receive - sureBuffer + extra
 	b.wider += extra
+	b.spareSend += send - sureBuffer
 }
 
 // widen takes n bytes, or what there is, by which a receive buffer grows.
@@ -172,25 +162,76 @@ func (b *budget) widen(n int64) int64 {
 	return n
 }
 
+// widenSend takes n bytes, or what there is, by which a send buffer grows.
+func (b *budget) widenSend(n int64) int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lookForRoom()
+	n = max(0, min(n, b.spareSend))
+	b.spareSend -= n
+	return n
+}
+
 // linger takes note of a connection that the application has closed and that may
-// still have data to send.
-func (b *budget) linger(ep *tcp.Endpoint) {
+// still have up to held bytes to send.
+func (b *budget) linger(ep *tcp.Endpoint, held int64) {
 	if !live(ep) {
 		return
 	}
-	var oldest []*tcp.Endpoint
+	if !sending(ep) {
+		held = 0
+	}
+	var oldest []lingerer
 	b.mu.Lock()
-	b.lingering = append(b.lingering, ep)
-	if len(b.lingering) >= b.sweepAt {
-		b.lingering = slices.DeleteFunc(b.lingering, func(ep *tcp.Endpoint) bool { return !live(ep) })
-		if over := len(b.lingering) - b.most; over > 0 {
-			oldest = slices.Clone(b.lingering[:over])
-			b.lingering = slices.Delete(b.lingering, 0, over)
+	b.lingering = append(b.lingering, lingerer{ep, held})
+	b.spareSend -= held
+	if len(b.lingering) >= b.sweepAt || b.spareSend < 0 {
+		b.sweep()
+		n := max(0, len(b.lingering)-b.most)
+		room := b.spareSend
+		for i, l := range b.lingering {
+			if i >= n && room >= 0 {
+				break
+			}
+			room += l.held
+			n = max(n, i+1)
 		}
+		oldest = slices.Clone(b.lingering[:n])
+		b.lingering = slices.Delete(b.lingering, 0, n)
+		b.spareSend = room
 		b.sweepAt = 2*len(b.lingering) + 64
 	}
 	b.mu.Unlock()
-	for _, ep := range oldest {
-		ep.Abort()
+	for _, l := range oldest {
+		l.ep.Abort()
 	}
 }
+
+// lookForRoom sweeps when there is little to give. The caller holds mu.
+func (b *budget) lookForRoom() {
+	if b.spareSend < b.memory/16 {
+		b.sweep()
+	}
+}
+
+// sweep forgets the lingering that have ended, and takes back what those hold that
+// have sent all. The caller holds mu.
+func (b *budget) sweep() {
+	b.lingering = slices.DeleteFunc(b.lingering, func(l lingerer) bool {
+		if live(l.ep) {
+			return false
+		}
+		b.spareSend += l.held
+		return true
+	})
+	for i := range b.lingering {
+		if l := &b.lingering[i]; l.held > 0 && !sending(l.ep) {
+			b.spareSend += l.held
+			l.held = 0
+		}
+	}
+}
+
+// sending reports whether a closed connection may have data that is not
+// acknowledged.
+func sending(ep *tcp.Endpoint) bool { return tcp.EndpointState(ep.State()) != tcp.StateFinWait2 }

@@ -53,8 +53,12 @@ func untouched(t *testing.T, s *Stack, l Limits) {
 	b := s.budget
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.conns != 0 || b.spare != l.ReceiveMemory-int64(l.Connections)*sureBuffer || b.wider != spareWindow {
-		t.Errorf("at the end %d connections are counted, %d bytes are spare and %d to widen by", b.conns, b.spare, b.wider)
+	send := b.spareSend
+	for _, l := range b.lingering {
+		send += l.held
+	}
+	if spare := l.ReceiveMemory - int64(l.Connections)*sureBuffer; b.conns != 0 || b.spare != spare || send != spare || b.wider != spareWindow {
+		t.Errorf("at the end %d connections are counted, %d and %d bytes are spare and %d to widen by", b.conns, b.spare, send, b.wider)
 	}
 }
 

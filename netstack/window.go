@@ -55,3 +55,33 @@ func (c *Conn) widen(n int) {
 		c.ep.SocketOptions().SetReceiveBufferSize(size+more, true)
 	}
 }
+
+// grow makes the send buffer larger when it is full and the path would take more
+// than half of it at a time, and reports whether it did. gVisor does the same for
+// each connection up to maxBuffer, and all together are then bounded by nothing.
+// The most that gVisor allows, or the size of a buffer, must not be changed
+// behind a writer who waits: it wakes him when what is queued falls below half
+// of the size. So only the writer himself does it. The caller holds writeMu.
+func (c *Conn) grow() bool {
+	ops := c.ep.SocketOptions()
+	size := ops.GetSendBufferSize()
+	var info tcpip.TCPInfoOption
+	if size >= maxBuffer || c.out.normal > 0 || c.ep.GetSockOpt(&info) != nil ||
+		size >= 2*int64(info.SndCwnd)*int64(c.s.link.mtu) {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reserved == 0 {
+		return false
+	}
+	// gVisor may have set the size anew that it had read before it last changed.
+	if c.room <= size {
+		c.room += c.s.budget.widenSend(min(size, maxBuffer-size))
+	}
+	if c.room <= size {
+		return false
+	}
+	ops.SetSendBufferSize(c.room, false)
+	return true
+}
