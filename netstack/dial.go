@@ -87,6 +87,7 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 		err = refusal
 	}
 	if err == nil {
+		c.control()
 		c.flow = flowOf(ep)
 		c.in = s.link.tallies.add(c.flow, ep.SocketOptions())
 		err = s.track(func() { delete(s.dials, ep); s.conns[ep] = c })

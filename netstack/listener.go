@@ -145,6 +145,7 @@ func (l *Listener) pump() {
 
 func (l *Listener) offer(ep *tcp.Endpoint, wq *waiter.Queue) {
 	c := newConn(l.s, ep, wq)
+	c.control()
 	c.flow = flowOf(ep)
 	if err := c.reserve(); err != nil {
 		c.reset(err)

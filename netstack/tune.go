@@ -73,7 +73,7 @@ func newGVisor() (*stack.Stack, error) {
 			ipv4.NewProtocol,
 			ipv6.NewProtocolWithOptions(ipv6.Options{}),
 		},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocolCUBIC, udp.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 		HandleLocal:        true,
 		RandSource:         source{},
 		// Tables that nobody has filled let everything through; the usual ones
