@@ -24,8 +24,8 @@ import (
 // TestRevokeDuringAdmission and TestRecheck, F 72 TestDuplicateKey and
 // TestDuplicateSwitchesUnderLoad, F 73 TestFlood, F 74 TestSlowReader and
 // TestHalfOpen, F 75 TestViolations, TestForgedKey and TestBadLogins there and
-// TestClientProtocolErrors in derp, F 76 internal/tunnel TestBadNetwork and
-// TestSourceMismatch. F 77 has no place: there are no mesh keys.
+// TestClientProtocolErrors in derp, F 76 TestEvilRelay_F76 and
+// internal/tunnel TestBadNetwork and TestSourceMismatch. F 77 has no place: there are no mesh keys.
 
 const narrowPolicy = `{
 	"tagOwners": {"tag:a": [], "tag:b": [], "tag:c": []},
