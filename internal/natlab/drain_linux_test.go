@@ -1,8 +1,16 @@
 package natlab
 
 import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -11,24 +19,33 @@ import (
 	"mesh/internal/actor"
 )
 
-// A relay that is told to end sends the nodes to another one before it goes: a
-// relayed connection hardly notices, and none loses a byte.
+// A relay that is told to end sends the nodes to another one before it goes, of
+// another region or of its own: a relayed connection hardly notices, and none loses
+// a byte. UDP is blocked, so that relays are what is left.
 func TestRelayDrains(t *testing.T) {
-	t.Parallel()
+	exe := filepath.Join(t.TempDir(), "mesh")
+	if out, err := exec.Command("go", "build", "-o", exe, "mesh/cmd/mesh").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for name, regions := range map[string][2]int{"to another region": {901, 902}, "within its region": {905, 905}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			relayDrains(t, exe, regions)
+		})
+	}
+}
+
+func relayDrains(t *testing.T, exe string, regions [2]int) {
 	const drain = 10 * time.Second
 	w := newWorld(t, func(w *world) { w.config.Relay = false })
-	relays := make(map[int]*actor.Process)
-	for region := 901; region <= 902; region++ {
-		name := map[int]string{901: "relayone", 902: "relaytwo"}[region]
+	key := w.newKey(admin.KeyCreate{Relay: true})
+	relays := make(map[string]*meshRelay) // by address
+	for i, name := range []string{"relayone", "relaytwo"} {
 		h := w.Public(name)
-		relays[region] = actor.Start(t, "relay", name, actor.RelayConfig{
-			DataDir: filepath.Join(w.dir, name), ControlURL: w.ready.URL, ControlKey: w.ready.Key,
-			RelayKey: w.newKey(admin.KeyCreate{Relay: true}),
-			Listen:   net.JoinHostPort(h.IPv4.String(), "443"), STUN: net.JoinHostPort(h.IPv4.String(), "3478"),
-			Region: region, Drain: drain,
-		}, nil, h.Wrap()...)
+		relays[h.IPv4.String()] = w.meshRelay(exe, h, key, regions[i], drain)
 	}
-	a := w.node("na", w.at(place(UDPBlocked), "a"))
+	at := w.at(place(UDPBlocked), "a")
+	a := w.node("na", at)
 	b := w.node("nb", w.at(place(Home), "b"))
 	w.await(a, b)
 	var before actor.Beaten
@@ -47,7 +64,14 @@ func TestRelayDrains(t *testing.T) {
 		return 0
 	}
 	home := region()
-	ending := relays[home]
+	// The relay by which a is reached: the one that it is connected to, or in two
+	// regions the one of its home.
+	var ending *meshRelay
+	for addr, r := range relays {
+		if r.region == home && at.connectedTo(addr+":443") {
+			ending = r
+		}
+	}
 	if ending == nil {
 		t.Fatalf("by relay %d", home)
 	}
@@ -60,7 +84,7 @@ func TestRelayDrains(t *testing.T) {
 	}()
 	time.Sleep(500 * time.Millisecond) // so that the connection is under way
 	began := time.Now()
-	ending.Stop()
+	ending.terminate(t)
 	took := time.Since(began)
 	got := <-during
 	if err := a.Call(t.Context(), "endflow", nil, nil); err != nil {
@@ -73,11 +97,64 @@ func TestRelayDrains(t *testing.T) {
 	if got.Gap > 10*goal {
 		t.Errorf("it stood still for %v, more than ten times %v", got.Gap, goal)
 	}
-	if now := region(); now == home || relays[now] == nil {
-		t.Errorf("by relay %d, was %d", now, home)
+	for addr, r := range relays {
+		if r != ending && (region() != r.region || !at.connectedTo(addr+":443")) {
+			t.Errorf("by relay %d, and not the one that stays", region())
+		}
 	}
 	if took >= drain {
 		t.Errorf("the relay took %v to end: the nodes did not move", took)
 	}
 	t.Logf("relay %d ended after %v; the connection stood still for %v (goal %v), well after %v", home, took.Round(time.Millisecond), round(got.Gap), goal, round(got.Well))
+}
+
+// meshRelay is a process of the program `mesh relay`.
+type meshRelay struct {
+	cmd    *exec.Cmd
+	region int
+}
+
+// meshRelay starts one on a host, and waits until the control server knows it.
+func (w *world) meshRelay(exe string, h *Host, key string, region int, drain time.Duration) *meshRelay {
+	w.t.Helper()
+	args := append(h.Wrap(), exe, "relay", "--data", filepath.Join(w.dir, h.NS), "--listen", net.JoinHostPort(h.IPv4.String(), "443"),
+		"--control", w.ready.URL, "--control-key", w.ready.Key, "--region", fmt.Sprint(region), "--drain", drain.String())
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "MESH_RELAY_KEY="+key)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	lines := bufio.NewScanner(out)
+	for lines.Scan() {
+		if strings.HasPrefix(lines.Text(), "announced") {
+			go io.Copy(io.Discard, out) // until the process ends
+			return &meshRelay{cmd, region}
+		}
+	}
+	w.t.Fatalf("mesh relay ended: %v", cmd.Wait())
+	return nil
+}
+
+// terminate asks the process to end, and waits until it has.
+func (r *meshRelay) terminate(t *testing.T) {
+	if err := r.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	if err := r.cmd.Wait(); err != nil {
+		t.Errorf("mesh relay: %v", err)
+	}
+}
+
+// connectedTo reports whether the host has a TCP connection to an address.
+func (h *Host) connectedTo(addr string) bool {
+	out, err := exec.Command("ip", "netns", "exec", h.NS, "ss", "-Htn", "state", "established", "dst", addr).Output()
+	return err == nil && len(bytes.TrimSpace(out)) > 0
 }
