@@ -22,7 +22,9 @@ as safe as the server. FILE must not exist; in the end it is there whole, or not
 all. To restore, stop the server, put the copy in the place of mesh.db in the data
 directory, remove mesh.db-wal and mesh.db-shm, and start it. What happened after the
 copy is forgotten then: nodes and keys that were removed since are back, so remove
-them again (mesh audit of before the restore lists them).
+them again (mesh audit of before the restore lists them). The server notices an older
+copy, by what it kept beside the database and by what nodes know: it says so in its log
+and in mesh audit, as store.restored.
 
 Data in PostgreSQL is backed up with pg_dump.`,
 	setup: func(fs *flag.FlagSet) func(context.Context, *call) error {

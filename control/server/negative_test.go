@@ -32,7 +32,7 @@ import (
 // package control (it is nodes that decompress), C 33 TestHostileFiles of
 // package policy, C 34 TestPolicyVersions, C 41 the tests of package store on
 // files, C 43 TestLoginPage and TestAdminRefusesBrowsers (nothing else is for
-// browsers), C 46 TestForeignMachine. C 44 needs tenants, of which there is one.
+// browsers), C 42 also TestOlderCopyIsFound_C42 of package host, C 46 TestForeignMachine. C 44 needs tenants, of which there is one.
 
 func long() bool { return os.Getenv("MESH_FULL") == "1" }
 
@@ -452,8 +452,7 @@ func TestClockLeaps_C40(t *testing.T) {
 	}
 }
 
-// C 42: an older copy of the database is found by what nodes know. That of the
-// file alone is package host's.
+// C 42: an older copy of the database is found by what nodes know.
 func TestOlderCopyIsFound_C42(t *testing.T) {
 	w := newWorld(t, nil)
 	allow(w)
