@@ -216,11 +216,12 @@ func TestHalfNeverRead_C35(t *testing.T) {
 // C 36: all nodes come back at once after a restart, and all are served at the
 // first attempt.
 func TestReconnectStorm_C36(t *testing.T) {
-	count := 60
+	count, handshakes := 60, 8
 	if long() {
-		count = 1000
+		count, handshakes = 1000, 0 // the default
 	}
-	w := newWorld(t, nil)
+	storm := func(c *Config) { c.MaxHandshakes = handshakes }
+	w := newWorld(t, storm)
 	w.setPolicy(`{` + owners + `,"acls":[{"action":"accept","src":["tag:a"],"dst":["tag:a:*"]}]}`)
 	key := w.key(store.Key{Reusable: true})
 	machines := make([]*machine, count)
@@ -228,7 +229,7 @@ func TestReconnectStorm_C36(t *testing.T) {
 		machines[i] = w.machine().join(key)
 	}
 	w.stop()
-	w.start(nil)
+	w.start(storm)
 	began := time.Now()
 	var wg sync.WaitGroup
 	for _, m := range machines {

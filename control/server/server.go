@@ -47,7 +47,7 @@ type Config struct {
 	Gather           time.Duration // least time between two messages of a stream, to join what happens at once, and more while many streams speak often; default 20 ms
 	WriteTimeout     time.Duration // how long a reader may block a stream; default 30 s
 
-	MaxHandshakes int // Noise handshakes at one time; default 256
+	MaxHandshakes int // Noise handshakes at one time, others wait up to 5 s for their turn; default 256
 	MaxUnknown    int // connections of machines without a node, half of them of one source; default 2048
 
 	// FailureRate is how many refused registrations a second one source

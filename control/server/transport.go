@@ -218,6 +218,25 @@ func (s *Server) serveKey(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, wire.KeyAnswer{PublicKey: s.Key()})
 }
 
+// turnPatience is how long a connection waits for its turn: all nodes come back
+// at once after a restart, and who is sent away then comes again, and again.
+const turnPatience = 5 * time.Second
+
+// takeTurn waits for a token of handshakes, and reports whether it got one. How
+// many wait is bounded by the places for strangers.
+func (t *transport) takeTurn(ctx context.Context) bool {
+	over := time.NewTimer(turnPatience)
+	defer over.Stop()
+	select {
+	case t.handshakes <- struct{}{}:
+		return true
+	case <-over.C:
+	case <-ctx.Done():
+	case <-t.done:
+	}
+	return false
+}
+
 // serveUpgrade is POST /ts2021.
 func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 	busy := func() {
@@ -236,9 +255,7 @@ func (t *transport) serveUpgrade(w http.ResponseWriter, r *http.Request) {
 		busy()
 		return
 	}
-	select {
-	case t.handshakes <- struct{}{}:
-	default:
+	if !t.takeTurn(r.Context()) {
 		release()
 		t.wg.Done()
 		busy()
