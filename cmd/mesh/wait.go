@@ -14,7 +14,7 @@ const waitHelp = `
 With --wait the command returns when every connected node that could see what is
 withdrawn has that in force, and says how long the slowest took. It fails, and names
 them, if some have not said so in time. Nodes of other makers do not say, and those
-connected to another replica of the server not to this one: they are counted.`
+connected to another replica of the server are not asked: both are counted, apart.`
 
 // waitFlags binds --wait and --wait-for, and returns how long to wait, 0 = not at
 // all.
@@ -39,7 +39,12 @@ func (c *call) applied(a *admin.Applied) error {
 	if a.Mute > 0 {
 		mute = fmt.Sprintf("; %s cannot tell", count(a.Mute, "node"))
 	}
+	if a.Elsewhere > 0 {
+		mute += fmt.Sprintf("; %s at other replicas not asked", count(a.Elsewhere, "node"))
+	}
 	switch {
+	case a.Peers == 0 && a.Elsewhere > 0:
+		c.printf("no peer connected to this replica had to hear of it%s\n", mute)
 	case a.Peers == 0:
 		c.printf("no connected peer had to hear of it%s\n", mute)
 	case a.Applied == a.Peers:

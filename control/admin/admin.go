@@ -78,7 +78,8 @@ type Applied struct {
 	Slowest     time.Duration `json:"slowest"` // from the order to the word of the last of these
 	SlowestNode string        `json:"slowestNode,omitempty"`
 	Missing     []string      `json:"missing,omitempty"` // of Peers, that have not said so: names, some at most
-	Mute        int           `json:"mute"`              // nodes that do not say here: those of other makers, or at other replicas
+	Mute        int           `json:"mute"`              // nodes that do not say, those of other makers
+	Elsewhere   int           `json:"elsewhere"`         // nodes that are connected to other replicas, and were not asked
 }
 
 // NodeRemoved is the answer to DELETE /v1/nodes/NAME.

@@ -44,14 +44,14 @@ func (s *Server) withdraw(ids []wire.NodeID, wait bool, do func() error) (*recei
 	s.mu.Lock()
 	s.receipts.version = max(s.receipts.version+1, s.cfg.Now().UnixNano())
 	r.version = s.receipts.version
-	mute := make(map[wire.NodeID]struct{})
+	mute, elsewhere := make(map[wire.NodeID]struct{}), make(map[wire.NodeID]struct{})
 	for _, id := range ids {
 		for _, v := range s.policy.compiled.Visible(id) {
 			n := s.nodes.byID[v]
 			switch {
 			case n == nil || slices.Contains(ids, v):
 			case s.away(n):
-				mute[v] = struct{}{} // it tells another replica
+				elsewhere[v] = struct{}{}
 			case n.stream == nil:
 			case n.stream.reports:
 				r.open[v] = n.Name
@@ -60,7 +60,7 @@ func (s *Server) withdraw(ids []wire.NodeID, wait bool, do func() error) (*recei
 			}
 		}
 	}
-	r.told.Peers, r.told.Mute = len(r.open), len(mute)
+	r.told.Peers, r.told.Mute, r.told.Elsewhere = len(r.open), len(mute), len(elsewhere)
 	s.mu.Unlock()
 	if err := do(); err != nil {
 		return nil, err

@@ -151,11 +151,12 @@ func TestNodeMovesBetweenReplicas(t *testing.T) {
 	first := y.poll(nil)
 	id, left := first.self.ID, z.poll(nil).self.ID
 	nx.until(t, "y and z to be online", func() bool { return online(nx.peers[id]) && online(nx.peers[left]) })
-	// Who waits until y is cut off is told that z, elsewhere, cannot say.
+	// Who waits until y is cut off is told that x does not say and z, elsewhere,
+	// is not asked.
 	a.s.lockOps()
 	rec, err := a.s.withdraw([]wire.NodeID{id}, true, func() error { return nil })
 	a.s.opMu.Unlock()
-	if err != nil || rec.told.Mute != 2 || rec.told.Peers != 0 {
+	if err != nil || rec.told.Elsewhere != 1 || rec.told.Mute != 1 || rec.told.Peers != 0 {
 		t.Errorf("x and z cannot tell: %+v, %v", rec.told, err)
 	}
 	moved := y.at(a)
