@@ -32,7 +32,8 @@ again with all of it.
 With --database the data is in a PostgreSQL database instead, and only the keys of the
 relay and the administrators' socket in the data directory. Several servers with data
 directories of their own may use one database: nodes may go to any of them, and are
-given all their URLs, with commas. The URL is better given
+given all their URLs, with commas. One whose data directory is a copy of another's in use
+takes a name of its own. The URL is better given
 in MESH_DATABASE, which other users of the machine cannot see, or without a password,
 which then comes from PostgreSQL's password file.
 

@@ -136,9 +136,7 @@ func Start(cfg Config) (_ *Host, err error) {
 		return nil, err
 	}
 	h.onClose(func() { h.store.Close() })
-	if err := h.watchRecord(); err != nil {
-		return nil, err
-	}
+	h.watchRecord()
 
 	ln, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {

@@ -28,15 +28,16 @@ const (
 
 // watchRecord compares the audit record with what was seen of it, puts on record
 // if that is not there, and keeps what is seen from now on until the host closes.
-func (h *Host) watchRecord() error {
+// Where it cannot, the server does without.
+func (h *Host) watchRecord() {
 	files, err := identity.OpenFileStore(filepath.Join(h.cfg.DataDir, seenDir))
 	if err != nil {
-		return err
+		h.log.Warn("whether the database is an older copy cannot be told", zap.Error(err))
+		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	if err := h.compareRecord(ctx, files); err != nil {
-		cancel()
-		return errors.Join(err, files.Close())
+		h.log.Error("whether the database is an older copy cannot be told, or not put on record", zap.Error(err))
 	}
 	done := make(chan struct{})
 	go func() {
@@ -48,7 +49,6 @@ func (h *Host) watchRecord() error {
 		<-done
 		files.Close()
 	})
-	return nil
 }
 
 func (h *Host) compareRecord(ctx context.Context, files *identity.FileStore) error {

@@ -36,19 +36,19 @@ const certainlyDead = 2*BeatEvery + time.Second
 // kept; nothing was changed, and another name will do.
 func (s *Postgres) Join(ctx context.Context, name string) (number int, err error) {
 	var first time.Time // when the other process was last seen
-	for {
+	for began := time.Now(); ; {
 		other, silent, err := s.rival(ctx, name)
 		switch {
 		case err != nil:
 			return 0, err
-		case silent > certainlyDead:
+		case silent > certainlyDead, time.Since(began) > certainlyDead && other.Equal(first): // if the database's clock was set back
 			return s.become(ctx, name)
 		case first.IsZero():
 			first = other
 		case !other.Equal(first):
 			return 0, fmt.Errorf("join the replicas as %s: %w by another process, which lives", name, ErrLocked)
 		}
-		t := time.NewTimer(min(certainlyDead-silent+time.Millisecond, BeatEvery/4))
+		t := time.NewTimer(min(max(certainlyDead-silent, 0)+time.Millisecond, BeatEvery/4))
 		select {
 		case <-t.C:
 		case <-ctx.Done():
