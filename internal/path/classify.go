@@ -2,11 +2,8 @@ package path
 
 import (
 	"errors"
-	"net"
 	"net/netip"
 	"time"
-
-	"go.uber.org/zap"
 
 	"mesh/identity"
 	"mesh/internal/disco"
@@ -28,50 +25,6 @@ func (p *Path) writeUDP(to netip.AddrPort, datagrams [][]byte) error {
 }
 
 var errNoSocket = errors.New("no UDP socket of this address family")
-
-// readUDP delivers what comes to a socket until it is closed.
-func (p *Path) readUDP(s *socket) {
-	r := s.reader()
-	defer r.release()
-	var failed time.Duration
-	for {
-		datagrams, from, err := r.read()
-		switch {
-		case err == nil:
-			failed = 0
-			p.fromUDP(from, datagrams)
-		case errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil || !p.current(s):
-			return
-		default:
-			// Some systems report here what a datagram sent earlier met.
-			p.log.Debug("read UDP", zap.Error(err))
-			if failed >= time.Second {
-				p.broken.Store(true) // opened anew when the network changes
-			}
-			failed = min(2*failed+time.Millisecond, time.Second)
-			if !p.sleep(failed) {
-				return
-			}
-		}
-	}
-}
-
-// current reports whether a socket is in use, not replaced.
-func (p *Path) current(s *socket) bool {
-	now := p.socks.Load()
-	return s == now.v4 || s == now.v6
-}
-
-func (p *Path) sleep(d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-p.ctx.Done():
-		return false
-	}
-}
 
 // fromUDP sorts datagrams of one source: STUN, disco and, in runs, WireGuard.
 func (p *Path) fromUDP(from netip.AddrPort, datagrams [][]byte) {

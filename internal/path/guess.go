@@ -110,7 +110,7 @@ func (p *Path) openMany(pe *peer, to netip.AddrPort) {
 		mu.Lock()
 		done := won != nil
 		mu.Unlock()
-		if done || !p.sleep(50*time.Millisecond) {
+		if done || !sleep(p.ctx, 50*time.Millisecond) {
 			return
 		}
 	}
@@ -136,8 +136,8 @@ func (p *Path) readGuess(s *socket, to netip.AddrPort, win func(*socket) bool) {
 
 // setWay makes a socket the way to an address, until it closes.
 func (p *Path) setWay(to netip.AddrPort, s *socket) bool {
-	p.bindMu.Lock()
-	defer p.bindMu.Unlock()
+	p.waysMu.Lock()
+	defer p.waysMu.Unlock()
 	if p.closed {
 		return false
 	}
@@ -160,8 +160,8 @@ func (p *Path) isWay(to netip.AddrPort, s *socket) bool {
 
 // dropWay forgets a socket that has closed.
 func (p *Path) dropWay(to netip.AddrPort, s *socket) {
-	p.bindMu.Lock()
-	defer p.bindMu.Unlock()
+	p.waysMu.Lock()
+	defer p.waysMu.Unlock()
 	if !p.isWay(to, s) {
 		return
 	}
@@ -208,7 +208,7 @@ func (p *Path) guess(pe *peer, list []netip.AddrPort) {
 	p.mu.Unlock()
 	packet := p.sealer.Seal(nil, key, disco.Ping{TxID: tx, Node: p.own.Load().public})
 	p.wg.Go(func() { // from the reader of a relay, which Close waits for first
-		for end := now + guessFor; p.now() < end && p.sleep(guessEvery); {
+		for end := now + guessFor; p.now() < end && sleep(p.ctx, guessEvery); {
 			p.mu.Lock()
 			done := pe.gone || pe.ch.guess.tx != tx || pe.ch.hasDirect(p.now())
 			a := netip.AddrPortFrom(ip, uint16(guessLowest+rand.IntN(1<<16-guessLowest)))

@@ -155,7 +155,7 @@ func (p *Path) lacksSocket(local []netip.Prefix) bool {
 	if p.cfg.RelayOnly {
 		return false
 	}
-	if p.broken.Load() {
+	if p.port.broken.Load() {
 		return true
 	}
 	s := p.socks.Load()

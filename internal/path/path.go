@@ -133,24 +133,23 @@ const maxSecrets = 4096
 type Path struct {
 	cfg    Config
 	log    *zap.Logger
-	listen func(ctx context.Context, open listenFunc, port uint16) (*sockets, error)
 	own    atomic.Pointer[ownKey]
 	sealer *disco.Sealer
 	epoch  time.Time
 
 	ctx    context.Context
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // all goroutines but those of relays
+	wg     sync.WaitGroup // all goroutines but those of relays and of port
 
 	dial   func(context.Context, *wire.DERPRegion, identity.NodePrivate) (relayConn, error)
 	peers  table
 	relays relaySet
-	socks  atomic.Pointer[sockets] // never nil; empty with RelayOnly
-	ways   atomic.Pointer[ways]    // nil = none; written under bindMu
+	port   *port                    // empty with RelayOnly
+	socks  *atomic.Pointer[sockets] // those of port
+	ways   atomic.Pointer[ways]     // nil = none; written under waysMu
 
 	watch     watch
-	unwatch   func()      // nil = the system tells nothing
-	broken    atomic.Bool // a socket failed
+	unwatch   func() // nil = the system tells nothing
 	reporting *errand.Errand
 	reported  *Report // the last; nil = none
 
@@ -165,8 +164,8 @@ type Path struct {
 	lookAt  instant        // when it planned to look next; 0 = not known yet
 	timer   *time.Timer    // asks for it then; nil before the first
 
-	bindMu sync.Mutex // guards opening and closing of sockets; taken before mu
-	closed bool       // under bindMu
+	waysMu sync.Mutex // guards changes of ways, and closed; taken before mu
+	closed bool
 
 	mu        sync.Mutex // guards what follows, and peer.info, peer.ch and peer.at
 	timers    timerHeap  // peers with something due
@@ -212,7 +211,6 @@ func New(cfg Config) (*Path, error) {
 	p := &Path{
 		cfg:    cfg,
 		log:    cfg.Logger,
-		listen: listen,
 		sealer: disco.NewSealer(cfg.Disco, maxSecrets),
 		epoch:  time.Now().Add(-epochAge),
 		ready:  make(chan struct{}),
@@ -239,7 +237,10 @@ func New(cfg Config) (*Path, error) {
 	if cfg.dialRelay != nil {
 		p.dial = cfg.dialRelay
 	}
-	p.socks.Store(&sockets{})
+	p.port = newPort(func(ctx context.Context, port uint16) (*sockets, error) {
+		return listen(ctx, cfg.ListenUDP, port)
+	}, cfg.Port, p.fromUDP, p.log)
+	p.socks = &p.port.socks
 	p.watch.pollAt = p.now() + pollIdle
 	if watches {
 		var err error
@@ -249,7 +250,8 @@ func New(cfg Config) (*Path, error) {
 		p.watch.told = err == nil
 	}
 	if !cfg.RelayOnly {
-		if err := p.openUDP(cfg.Port); err != nil {
+		if err := p.port.open(); err != nil {
+			p.port.shut()
 			p.cancel()
 			p.stopMinding()
 			if p.unwatch != nil {
@@ -262,53 +264,15 @@ func New(cfg Config) (*Path, error) {
 	return p, nil
 }
 
-// openUDP opens sockets and starts their readers.
-func (p *Path) openUDP(port uint16) error {
-	p.bindMu.Lock()
-	defer p.bindMu.Unlock()
-	return p.openUDPLocked(port)
-}
-
-func (p *Path) openUDPLocked(port uint16) error {
-	if p.closed {
-		return net.ErrClosed
-	}
-	s, err := p.listen(p.ctx, p.cfg.ListenUDP, port)
-	if err != nil {
-		return err
-	}
-	p.socks.Store(s)
-	p.broken.Store(false)
-	s.each(func(s *socket) { p.wg.Go(func() { p.readUDP(s) }) })
-	return nil
-}
-
 // LocalPort returns the UDP port, that of IPv4 if they differ; 0 with RelayOnly.
-func (p *Path) LocalPort() uint16 {
-	s := p.socks.Load()
-	if s.v4 != nil {
-		return s.port4()
-	}
-	return s.port6()
-}
+func (p *Path) LocalPort() uint16 { return p.port.number() }
 
 // Rebind replaces the UDP sockets, on the same port if it is still free, and
 // does what NetworkChanged does. Packets in flight may be lost; sessions are
 // not. The error says that there is no socket now; Rebind may be tried again.
 func (p *Path) Rebind() error {
 	if !p.cfg.RelayOnly {
-		p.bindMu.Lock()
-		port := p.cfg.Port
-		if port == 0 {
-			port = p.LocalPort()
-		}
-		p.socks.Swap(&sockets{}).each(func(s *socket) { s.pc.Close() })
-		err := p.openUDPLocked(port)
-		if err != nil && p.cfg.Port == 0 && !p.closed {
-			err = p.openUDPLocked(0)
-		}
-		p.bindMu.Unlock()
-		if err != nil {
+		if err := p.port.rebind(p.socks.Load()); err != nil {
 			return fmt.Errorf("rebind: %w", err)
 		}
 	}
@@ -402,13 +366,14 @@ func (p *Path) Ready(ctx context.Context) error {
 // Report included: it must not be called from them. What was sent still leaves.
 func (p *Path) Close() error {
 	p.relays.flush()
-	p.bindMu.Lock()
+	p.waysMu.Lock()
 	p.closed = true
 	p.cancel()
-	p.socks.Load().each(func(s *socket) { s.pc.Close() })
+	p.port.shut()
 	p.closeWays(netip.AddrPort{})
-	p.bindMu.Unlock()
+	p.waysMu.Unlock()
 	p.relays.close()
+	p.port.readers.Wait()
 	p.stopMinding()
 	p.wg.Wait()
 	p.reporting.Close()
