@@ -119,6 +119,11 @@ type Node struct {
 	MaxStale time.Duration
 	// RelayOnly keeps all traffic on relays: no UDP to peers.
 	RelayOnly bool
+	// OwnSockets gives the node UDP sockets of its own. Otherwise, once a process
+	// has more nodes than cores, they share some: peers see several nodes at one
+	// port, and tell them apart by their keys. Nodes with a Port or a ListenUDP
+	// always have their own.
+	OwnSockets bool
 	// NoPortMapping keeps the node from asking the gateway of the local network
 	// to forward its UDP port. It does so where it is behind a NAT, by PCP,
 	// NAT-PMP or UPnP, so that peers find a direct path; what comes in by that
@@ -165,6 +170,7 @@ func (n *Node) configure() (session.Config, error) {
 		MaxStale:   n.MaxStale,
 		RelayOnly:  n.RelayOnly,
 		NoMapping:  n.NoPortMapping,
+		OwnSockets: n.OwnSockets,
 		Endpoints:  n.Endpoints,
 		Limits:     n.Limits,
 		ListenUDP:  n.ListenUDP,

@@ -59,6 +59,9 @@ type Config struct {
 	Endpoints []netip.AddrPort
 	// LoopbackEndpoints also advertises loopback addresses to peers.
 	LoopbackEndpoints bool
+	// OwnSockets keeps the node from sharing UDP sockets with others of the
+	// process.
+	OwnSockets bool
 	// ListenUDP and DialTCP obtain sockets; nil is the host's network.
 	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
 	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -135,6 +138,7 @@ func New(c Config) (*Engine, error) {
 		Authenticated: func(peer identity.NodePublic, src tunnel.Source) {
 			e.path.Authenticated(peer, path.Source(src))
 		},
+		Index:  func() uint32 { return e.path.Index() },
 		Reply:  func(to netip.AddrPort, datagram []byte) { e.path.Reply(to, datagram) },
 		Logger: c.Logger,
 	})
@@ -162,6 +166,9 @@ func New(c Config) (*Engine, error) {
 				c.Changed()
 			}
 		},
+		Share:             !c.OwnSockets,
+		Owns:              e.tunnel.Owns,
+		Whose:             e.tunnel.Whose,
 		ListenUDP:         c.ListenUDP,
 		DialTCP:           c.DialTCP,
 		RelayOnly:         c.RelayOnly,

@@ -14,7 +14,7 @@ import (
 // the user knows, and the one that the gateway forwards. It asks the gateway from
 // the moment on that a STUN server sees the node at an address that is none of
 // its own: a node that is not behind a NAT, or has no network but loopback, asks
-// nobody and has no goroutine for that.
+// nobody and has no goroutine for that. Of nodes that share a port one asks.
 type mapper struct {
 	cfg  Config
 	path *path.Path
@@ -72,7 +72,7 @@ func (m *mapper) look(r path.Report) {
 	moved := !slices.Equal(seen, m.seen)
 	m.seen = seen
 	c := m.client
-	if c == nil && natted && m.cfg.PortMapping && !m.closed {
+	if c == nil && natted && m.cfg.PortMapping && !m.closed && m.path.ClaimPort() {
 		m.client = portmap.New(portmap.Config{
 			LocalPort: m.path.LocalPort,
 			Changed:   m.tell,

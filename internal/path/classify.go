@@ -55,8 +55,41 @@ func (p *Path) wireguardUDP(from netip.AddrPort, datagrams [][]byte) {
 	if len(datagrams) == 0 || p.cfg.Receive == nil {
 		return
 	}
+	pe, several := p.peers.whoAt(from)
+	if !several || p.cfg.Whose == nil {
+		p.wireguardOf(pe, from, datagrams)
+		return
+	}
+	start := 0
+	var who identity.NodePublic
+	for i, b := range datagrams {
+		if i > 0 && sameSession(b, datagrams[i-1]) {
+			continue
+		}
+		key, _ := p.cfg.Whose(b)
+		if i == 0 || key != who {
+			p.wireguardOf(pe, from, datagrams[start:i])
+			start, who = i, key
+			if pe = p.peers.get(key); pe != nil && !p.peers.uses(pe, from) {
+				pe = nil
+			}
+		}
+	}
+	p.wireguardOf(pe, from, datagrams[start:])
+}
+
+// sameSession reports whether two messages with data have the same index.
+func sameSession(a, b []byte) bool {
+	return len(a) >= 8 && len(b) >= 8 && a[0] == 4 && string(a[:8]) == string(b[:8])
+}
+
+// wireguardOf delivers what one peer sent from an address; nil if that is not
+// known.
+func (p *Path) wireguardOf(pe *peer, from netip.AddrPort, datagrams [][]byte) {
+	if len(datagrams) == 0 {
+		return
+	}
 	src := Source{Addr: from}
-	pe := p.peers.at(from)
 	if pe == nil {
 		for _, b := range datagrams {
 			if isInitiation(b) {

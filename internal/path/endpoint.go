@@ -227,6 +227,9 @@ func (p *Path) listLocked(now instant) {
 		for _, x := range e.extra {
 			add(unmap(x.Addr), x.Type)
 		}
+		for _, x := range p.lent {
+			add(unmap(x.Addr), x.Type)
+		}
 	}
 	// Addresses from STUN, those confirmed last first.
 	seen := make([]netip.AddrPort, 0, len(e.seen))

@@ -250,7 +250,7 @@ func (p *Path) sizeUDP(from netip.AddrPort, key identity.DiscoPublic, known []Pe
 		case pe == nil:
 		case m.Answer:
 			p.sizeAnswered(pe, m)
-		case p.peers.at(from) == pe:
+		case p.peers.uses(pe, from):
 			m.Answer = true
 			p.writeUDP(from, [][]byte{p.sealer.Seal(nil, key, m)})
 			return

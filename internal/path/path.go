@@ -108,6 +108,16 @@ type Config struct {
 	// GuessPorts allows to find a path through a NAT that maps by destination
 	// by trying ports, see guess.go. Both sides must allow it.
 	GuessPorts bool
+	// Share allows to share UDP sockets with other nodes of the process, where
+	// Port is 0 and there is no ListenUDP. It needs Owns, Whose, and handshakes
+	// that use Path.Index.
+	Share bool
+	// Owns reports whether a WireGuard initiation was made for a key of this node.
+	Owns func(initiation []byte) bool
+	// Whose names the peer of the session that a WireGuard message is of, by the
+	// index in it. It is asked where several peers use one address. Optional: then
+	// they count as the one that used it first lately.
+	Whose func(datagram []byte) (identity.NodePublic, bool)
 	// RelayOnly opens no UDP socket: everything goes by relay.
 	RelayOnly bool
 	// DirectOnly connects to no relay.
@@ -118,6 +128,7 @@ type Config struct {
 	// Logger receives what went wrong; nil is silent.
 	Logger *zap.Logger
 
+	sharing *sharing // replaces host in tests
 	// dialRelay replaces derp in tests.
 	dialRelay func(ctx context.Context, def *wire.DERPRegion, key identity.NodePrivate) (relayConn, error)
 }
@@ -145,6 +156,7 @@ type Path struct {
 	peers  table
 	relays relaySet
 	port   *port                    // empty with RelayOnly
+	share  *share                   // in port; nil if it is the node's own
 	socks  *atomic.Pointer[sockets] // those of port
 	ways   atomic.Pointer[ways]     // nil = none; written under waysMu
 
@@ -175,6 +187,7 @@ type Path struct {
 	held      []heldPacket
 	late      []lateAnswer
 	ends      endpoints
+	lent      []Endpoint // mappings of a shared port that another node has
 	home      home
 	calls     map[*peer]struct{} // CallMeMaybes that wait for fresh endpoints
 	meets     map[*peer]lateMeet // and Meets
@@ -191,8 +204,9 @@ func New(cfg Config) (*Path, error) {
 	}
 	// Whoever brings sockets of his own may be in another network than the host.
 	watches := cfg.Interfaces == nil && cfg.ListenUDP == nil
-	listen := openSockets
+	listen, shares := openSockets, false
 	if cfg.ListenUDP == nil {
+		shares = cfg.Share && cfg.Port == 0 && !cfg.RelayOnly
 		cfg.ListenUDP = new(net.ListenConfig).ListenPacket
 		listen = openHost
 	}
@@ -207,6 +221,9 @@ func New(cfg Config) (*Path, error) {
 	}
 	if cfg.Interfaces == nil {
 		cfg.Interfaces = hostaddr.Recent
+	}
+	if cfg.sharing == nil {
+		cfg.sharing = &host
 	}
 	p := &Path{
 		cfg:    cfg,
@@ -237,10 +254,10 @@ func New(cfg Config) (*Path, error) {
 	if cfg.dialRelay != nil {
 		p.dial = cfg.dialRelay
 	}
-	p.port = newPort(func(ctx context.Context, port uint16) (*sockets, error) {
-		return listen(ctx, cfg.ListenUDP, port)
-	}, cfg.Port, p.fromUDP, p.log)
-	p.socks = &p.port.socks
+	if err := p.choosePort(listen, shares); err != nil {
+		p.cancel()
+		return nil, err
+	}
 	p.watch.pollAt = p.now() + pollIdle
 	if watches {
 		var err error
@@ -249,19 +266,69 @@ func New(cfg Config) (*Path, error) {
 		}
 		p.watch.told = err == nil
 	}
-	if !cfg.RelayOnly {
-		if err := p.port.open(); err != nil {
-			p.port.shut()
-			p.cancel()
-			p.stopMinding()
-			if p.unwatch != nil {
-				p.unwatch()
-			}
-			return nil, err
+	if err := p.openPort(); err != nil {
+		p.cancel()
+		p.stopMinding()
+		if p.unwatch != nil {
+			p.unwatch()
 		}
+		return nil, err
 	}
 	p.poke()
 	return p, nil
+}
+
+// choosePort gives the node a port of its own, not open yet, or a part in one that
+// nodes share.
+func (p *Path) choosePort(listen func(context.Context, listenFunc, uint16) (*sockets, error), shares bool) error {
+	if shares {
+		sh, err := p.cfg.sharing.join(p)
+		if err != nil {
+			return err
+		}
+		p.share, p.port = sh, &sh.port.port
+	} else {
+		p.port = &port{fixed: p.cfg.Port}
+		p.port.init(func(ctx context.Context, number uint16) (*sockets, error) {
+			return listen(ctx, p.cfg.ListenUDP, number)
+		}, p.fromUDP, p.log)
+	}
+	p.socks = &p.port.socks
+	return nil
+}
+
+// openPort has datagrams handed to the node from now on.
+func (p *Path) openPort() error {
+	if p.share != nil {
+		p.share.seat.Begin(member{p})
+		return nil
+	}
+	if p.cfg.RelayOnly {
+		return nil
+	}
+	err := p.port.open()
+	if err != nil {
+		p.port.shut()
+	}
+	return err
+}
+
+// closePort has no more datagrams handed to the node; leavePort waits until none
+// is. What a datagram sets off may still be sent.
+func (p *Path) closePort() {
+	if p.share != nil {
+		p.share.stop.Do(p.share.seat.Stop)
+	} else {
+		p.port.shut()
+	}
+}
+
+func (p *Path) leavePort() {
+	if p.share != nil {
+		p.share.left.Do(func() { p.share.leave(p) })
+	} else {
+		p.port.readers.Wait()
+	}
 }
 
 // LocalPort returns the UDP port, that of IPv4 if they differ; 0 with RelayOnly.
@@ -369,11 +436,11 @@ func (p *Path) Close() error {
 	p.waysMu.Lock()
 	p.closed = true
 	p.cancel()
-	p.port.shut()
+	p.closePort()
 	p.closeWays(netip.AddrPort{})
 	p.waysMu.Unlock()
 	p.relays.close()
-	p.port.readers.Wait()
+	p.leavePort()
 	p.stopMinding()
 	p.wg.Wait()
 	p.reporting.Close()

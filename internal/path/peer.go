@@ -111,6 +111,7 @@ func (p *Path) applyLocked(pe *peer, info Peer, now instant) (try bool) {
 		}
 		try = true
 	}
+	p.talkLocked(pe.info.Disco, info.Disco)
 	pe.info = info
 	pe.info.Endpoints = nil // kept by the chooser
 	if pe.home.Swap(int32(info.HomeRegion)) != int32(info.HomeRegion) {
@@ -172,6 +173,7 @@ func (p *Path) settleLocked(pe *peer, now instant) {
 // dropLocked forgets a peer.
 func (p *Path) dropLocked(pe *peer) {
 	pe.gone = true
+	p.talkLocked(pe.info.Disco, identity.DiscoPublic{})
 	if pe.index >= 0 {
 		heap.Remove(&p.timers, pe.index)
 	}

@@ -32,11 +32,10 @@ type port struct {
 	opened time.Time // when sockets were opened last
 }
 
-func newPort(listen func(context.Context, uint16) (*sockets, error), fixed uint16, take func(netip.AddrPort, [][]byte), log *zap.Logger) *port {
-	t := &port{listen: listen, fixed: fixed, take: take, log: log}
+func (t *port) init(listen func(context.Context, uint16) (*sockets, error), take func(netip.AddrPort, [][]byte), log *zap.Logger) {
+	t.listen, t.take, t.log = listen, take, log
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.socks.Store(&sockets{})
-	return t
 }
 
 // open opens the sockets and starts their readers.

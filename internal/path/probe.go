@@ -6,6 +6,7 @@ import (
 	"net/netip"
 
 	"mesh/identity"
+	"mesh/internal/demux"
 	"mesh/internal/disco"
 )
 
@@ -18,19 +19,31 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 	if !ok || !usable(from) {
 		return
 	}
-	known := p.cfg.LookupDisco(key)
-	if len(known) == 0 {
+	switch p.openDisco(from, key, packet) {
+	case demux.Unknown:
 		p.counts.discoUnknown.Add(1)
 		p.hold(heldPacket{src: Source{Addr: from}, disco: key}, packet)
-		return
+	case demux.Refused:
+		p.counts.discoForged.Add(1)
+	}
+}
+
+// openDisco handles a disco packet that came by UDP if it is for this node.
+func (p *Path) openDisco(from netip.AddrPort, key identity.DiscoPublic, packet []byte) demux.Verdict {
+	known := p.cfg.LookupDisco(key)
+	if len(known) == 0 {
+		return demux.Unknown
 	}
 	known = known[:min(len(known), maxShared)]
 	_, m, err := p.sealer.Open(packet)
-	if err != nil {
+	switch {
+	case errors.Is(err, disco.ErrNotForUs):
+		return demux.Refused
+	case err != nil:
 		if !errors.Is(err, disco.ErrUnknownType) {
 			p.counts.discoForged.Add(1)
 		}
-		return
+		return demux.Opened
 	}
 	switch m := m.(type) {
 	case disco.Ping:
@@ -43,6 +56,7 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 		// A CallMeMaybe by UDP is not believed: only the relay proves the sender.
 		p.counts.discoByUDP.Add(1)
 	}
+	return demux.Opened
 }
 
 // pingUDP answers a ping and remembers where it came from.

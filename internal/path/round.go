@@ -167,7 +167,7 @@ func (p *Path) roundLocked(now instant) (send []request, settled bool) {
 				continue // the name is being resolved
 			}
 			t.tries++
-			tx := stun.NewTxID()
+			tx := p.newTx()
 			r.probes[tx] = stunProbe{t.region, t.v6, to, now}
 			send = append(send, request{to, tx})
 			if t.tries != 1 || t.v6 || len(t.nodes) < 2 || r.others4(t) {
@@ -175,7 +175,7 @@ func (p *Path) roundLocked(now instant) (send []request, settled bool) {
 			}
 			// Only two servers tell whether the NAT maps by destination.
 			if other, ok := p.stunAddrLocked(t); ok && other != to {
-				tx := stun.NewTxID()
+				tx := p.newTx()
 				r.probes[tx] = stunProbe{t.region, t.v6, other, now}
 				send = append(send, request{other, tx})
 			}

@@ -2,6 +2,7 @@ package path
 
 import (
 	"net/netip"
+	"slices"
 	"sync/atomic"
 
 	"mesh/control/wire"
@@ -48,9 +49,18 @@ type Endpoint struct {
 // the one before; the first go first. Control and the peers of active sessions
 // hear of it at once.
 func (p *Path) SetEndpoints(list []Endpoint) {
+	p.setEndpoints(func() { p.ends.extra = append([]Endpoint(nil), list...) })
+	if p.share != nil {
+		mapped := slices.DeleteFunc(slices.Clone(list), func(e Endpoint) bool { return e.Type != wire.EndpointPortMapped })
+		p.share.lend(p, mapped)
+	}
+}
+
+// setEndpoints has what set does, under the lock, be the node's endpoints.
+func (p *Path) setEndpoints(set func()) {
 	p.mu.Lock()
 	now := p.now()
-	p.ends.extra = append([]Endpoint(nil), list...)
+	set()
 	settled := p.ends.at != 0
 	if settled {
 		p.listLocked(now)

@@ -233,6 +233,7 @@ func (s *Session) startEngine(e *enrolment) error {
 		Link:              link{s.stack},
 		Port:              s.cfg.Port,
 		RelayOnly:         s.cfg.RelayOnly,
+		OwnSockets:        s.cfg.OwnSockets,
 		PortMapping:       !s.cfg.NoMapping && !s.cfg.RelayOnly && s.cfg.ListenUDP == nil,
 		Endpoints:         s.cfg.Endpoints,
 		LoopbackEndpoints: e.client.Local(),

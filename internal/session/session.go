@@ -32,19 +32,20 @@ type Config struct {
 	AuthKey    string
 	// OpenStore opens where the state is kept; Session closes it by the func
 	// that comes with it.
-	OpenStore func() (identity.Store, func() error, error)
-	Ephemeral bool
-	ForgetMap bool // nobody will ever start from what OpenStore opens
-	Tags      []string
-	Port      uint16
-	RelayOnly bool
-	MaxStale  time.Duration    // see checkStale; 0 = for ever, unless the policy says otherwise
-	NoMapping bool             // ask no gateway for a port mapping
-	Endpoints []netip.AddrPort // that the user knows of
-	Limits    netstack.Limits
-	ListenUDP func(ctx context.Context, network, addr string) (net.PacketConn, error)
-	DialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
-	Logger    *zap.Logger
+	OpenStore  func() (identity.Store, func() error, error)
+	Ephemeral  bool
+	ForgetMap  bool // nobody will ever start from what OpenStore opens
+	Tags       []string
+	Port       uint16
+	RelayOnly  bool
+	MaxStale   time.Duration    // see checkStale; 0 = for ever, unless the policy says otherwise
+	NoMapping  bool             // ask no gateway for a port mapping
+	OwnSockets bool             // share UDP sockets with no other node
+	Endpoints  []netip.AddrPort // that the user knows of
+	Limits     netstack.Limits
+	ListenUDP  func(ctx context.Context, network, addr string) (net.PacketConn, error)
+	DialTCP    func(ctx context.Context, network, addr string) (net.Conn, error)
+	Logger     *zap.Logger
 }
 
 // logoutTimeout bounds how long an ephemeral node takes to say goodbye.

@@ -451,21 +451,43 @@ func (t *Tunnel) slot(index uint32) slot {
 
 // newIndex makes an index for a handshake with p; false if p is gone.
 func (t *Tunnel) newIndex(p *peer) (uint32, bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if p.dead.Load() {
-		return 0, false
-	}
 	for {
-		var b [4]byte
-		rand.Read(b[:])
-		index := binary.LittleEndian.Uint32(b[:])
-		if _, taken := t.indexes[index]; !taken {
+		index := t.cfg.Index()
+		t.mu.Lock()
+		_, taken := t.indexes[index]
+		dead := p.dead.Load()
+		if !taken && !dead {
 			t.indexes[index] = slot{peer: p}
 			p.indexes = append(p.indexes, index)
-			return index, true
+		}
+		t.mu.Unlock()
+		if !taken || dead {
+			return index, !dead
 		}
 	}
+}
+
+func randomIndex() uint32 {
+	var b [4]byte
+	rand.Read(b[:])
+	return binary.LittleEndian.Uint32(b[:])
+}
+
+// Owns reports whether a handshake message was made for a key of this node.
+func (t *Tunnel) Owns(msg []byte) bool { return t.keys.Load().knownTo(msg, time.Now()) != nil }
+
+// Whose names the peer whose handshake or session a message belongs to, by the
+// index in it. That proves nothing yet.
+func (t *Tunnel) Whose(msg []byte) (peer identity.NodePublic, ok bool) {
+	kind, index, ok := classify(msg)
+	if !ok || kind == typeInitiation {
+		return peer, false
+	}
+	p := t.slot(index).peer
+	if p == nil {
+		return peer, false
+	}
+	return p.key, true
 }
 
 // setIndex says which session an index stands for, unless the peer is gone.

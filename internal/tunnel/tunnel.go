@@ -117,6 +117,9 @@ type Config struct {
 	// Reply sends a cookie to a UDP address from which an initiation came that
 	// there is no time to open. Optional: without it such are only dropped.
 	Reply func(addr netip.AddrPort, datagram []byte)
+	// Index proposes a receiver index for a handshake, another each time. Optional,
+	// nil means any.
+	Index func() uint32
 	// PSK returns the pre-shared key of a peer when it is created. Optional,
 	// nil means all zero.
 	PSK func(identity.NodePublic) [32]byte
@@ -190,6 +193,9 @@ func New(cfg Config) (*Tunnel, error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
+	}
+	if cfg.Index == nil {
+		cfg.Index = randomIndex
 	}
 	key, err := newLocalKey(cfg.Key)
 	if err != nil {
