@@ -157,9 +157,10 @@ func TestMixedLargeTransfers(t *testing.T) {
 			size := bulk(64 << 20)
 			transfer(t, laptop, ours, size)
 			transfer(t, ours, laptop, size)
-			if a, b := laptop.pathTo(ours), ours.pathTo(laptop); a != c.path || b != c.path {
-				t.Errorf("paths after the transfer: %s and %s", a, b)
-			}
+			// On a busy machine a stock client's pings may take seconds beside that.
+			until(t, "the path to be "+c.path+" after it", func() bool {
+				return laptop.pathTo(ours) == c.path && ours.pathTo(laptop) == c.path
+			})
 		})
 	}
 }
