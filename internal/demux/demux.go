@@ -35,11 +35,12 @@ const Seats = 256
 const (
 	macRate     = 50_000 // MACs of initiations, about half a microsecond each
 	boxRate     = 50_000 // boxes of nodes that talk with the sender, one microsecond each
-	searchRate  = 50     // packets of senders that no node talks with,
-	searchBoxes = 4      // boxes tried for each of them, which take a key agreement at first
+	searchRate  = 10_000 // nodes asked whether they know a sender whom no node talks with
+	searchBoxes = 4      // boxes tried for one packet of those, which take a key agreement at first
 	lostRate    = 20     // packets of sessions that nobody has
 	freeBoxes   = 4
 	maxCallers  = 4096 // addresses remembered from which handshakes were begun
+	holdAmong   = 8    // nodes that may hold a packet of somebody unknown
 )
 
 // Verdict is what became of a disco packet at one node.
@@ -61,6 +62,8 @@ type Node interface {
 	Owns(initiation []byte) bool
 	// Disco takes a disco packet if it is for this node.
 	Disco(from netip.AddrPort, sender identity.DiscoPublic, packet []byte) Verdict
+	// Hold keeps a disco packet whose sender nobody knows, for a moment.
+	Hold(from netip.AddrPort, sender identity.DiscoPublic, packet []byte)
 	// Lost takes a datagram of a session that nobody has.
 	Lost(from netip.AddrPort, datagram []byte)
 }
@@ -365,6 +368,7 @@ func (t *Table) disco(from netip.AddrPort, b []byte) {
 	if k != nil {
 		talking = k.seats
 	}
+	others := t.nodes - len(talking)
 	t.mu.RUnlock()
 	now := time.Now()
 	for i := range talking {
@@ -378,27 +382,29 @@ func (t *Table) disco(from netip.AddrPort, b []byte) {
 			return
 		}
 	}
-	t.search(from, sender, talking, b, now)
+	if !t.searches.AllowN(now, others) {
+		t.refused.Add(1)
+		return
+	}
+	t.search(from, sender, talking, b)
 }
 
 // search looks for a node that can open a disco packet among those that know the
 // sender without talking with it.
-func (t *Table) search(from netip.AddrPort, sender identity.DiscoPublic, but []*Seat, b []byte, now time.Time) {
-	if !t.searches.AllowN(now, 1) {
-		t.refused.Add(1)
-		return
-	}
-	tried := 0
+func (t *Table) search(from netip.AddrPort, sender identity.DiscoPublic, but []*Seat, b []byte) {
+	known, tried, asked := len(but) > 0, 0, 0
 	first := rand.IntN(Seats)
 	for i := range t.seats {
 		s := &t.seats[(first+i)%Seats]
 		if s.node.Load() == nil || slices.Contains(but, s) {
 			continue
 		}
+		asked++
 		switch s.opens(from, sender, b) {
 		case Opened:
 			return
 		case Refused:
+			known = true
 			if tried++; tried == searchBoxes {
 				t.refused.Add(1)
 				return
@@ -406,6 +412,16 @@ func (t *Table) search(from netip.AddrPort, sender identity.DiscoPublic, but []*
 		}
 	}
 	t.strays.Add(1)
+	if known || asked > holdAmong {
+		return
+	}
+	// The owner of the key may have heard of a node before the node hears of it.
+	for i := range t.seats {
+		if n := t.seats[i].enter(); n != nil {
+			n.Hold(from, sender, b)
+			t.seats[i].exit()
+		}
+	}
 }
 
 func (s *Seat) opens(from netip.AddrPort, sender identity.DiscoPublic, b []byte) Verdict {

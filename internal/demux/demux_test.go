@@ -29,6 +29,7 @@ type fake struct {
 	tried  int // boxes
 	asked  int // MACs
 	lost   int
+	held   int
 	knows  map[identity.DiscoPublic]bool
 	block  chan struct{} // Take waits for it; nil = it does not
 	inside chan struct{}
@@ -63,6 +64,12 @@ func (f *fake) Disco(_ netip.AddrPort, sender identity.DiscoPublic, b []byte) Ve
 	}
 	f.opened++
 	return Opened
+}
+
+func (f *fake) Hold(netip.AddrPort, identity.DiscoPublic, []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held++
 }
 
 func (f *fake) Lost(netip.AddrPort, []byte) {
@@ -252,6 +259,28 @@ func TestDiscoBySender(t *testing.T) {
 	}
 }
 
+// What somebody unknown sends is held, if there are few who could wait for it.
+func TestHeldAmongFew(t *testing.T) {
+	table := New()
+	for i := range holdAmong {
+		sit(t, table, byte(i))
+	}
+	last := sit(t, table, 100)
+	stranger, known := identity.NewDisco().Public(), identity.NewDisco().Public()
+	last.knows[known] = true
+	table.Take(here, [][]byte{discoFor(stranger, 100)})
+	if last.held != 0 {
+		t.Error("held among many")
+	}
+	for i := range 3 {
+		table.seats[i].Leave()
+	}
+	table.Take(here, [][]byte{discoFor(stranger, 100), discoFor(known, 100), discoFor(known, 1)})
+	if last.held != 1 || last.opened != 1 {
+		t.Errorf("%d held, %d opened", last.held, last.opened)
+	}
+}
+
 // A flood costs what the bounds say, and does not keep those out who were there
 // before.
 func TestFloodIsBounded(t *testing.T) {
@@ -423,4 +452,5 @@ type idle struct{}
 func (*idle) Take(netip.AddrPort, [][]byte)                                  {}
 func (*idle) Owns([]byte) bool                                               { return false }
 func (*idle) Disco(netip.AddrPort, identity.DiscoPublic, []byte) (v Verdict) { return v }
+func (*idle) Hold(netip.AddrPort, identity.DiscoPublic, []byte)              {}
 func (*idle) Lost(netip.AddrPort, []byte)                                    {}

@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"testing"
+	"time"
 
+	"mesh"
 	"mesh/internal/meshtest"
 )
 
@@ -120,10 +123,52 @@ func TestStockTalksToSharers(t *testing.T) {
 		return both[0].pathTo(both[1]) == "direct" && both[1].pathTo(both[0]) == "direct"
 	})
 	// One goes; the other stays where it is.
+	name, dir := both[1].Hostname, both[1].Dir
 	both[1].Close()
 	both, talks = both[:1], talks[:1]
+	becomes("direct")
+	// The one that went comes back, somewhere.
+	again := startAgent(t, m, name, nil, func(n *mesh.Node) { n.Dir = dir })
+	know(t, laptop, both[0], again)
+	talk(t, laptop, again, false)
+	talk(t, again, laptop, true)
+	talk(t, again, both[0], false)
 	becomes("direct")
 	if said := laptop.complains(); said != "" {
 		t.Errorf("the stock node: %s", said)
 	}
+}
+
+// A stock client of old forgets the WireGuard side of a peer that was silent for
+// five minutes until it hears of it, and takes what comes from an address for the
+// peer that it saw there last: here another, which talks all the time.
+func TestStockHearsOfSilentSharer(t *testing.T) {
+	if os.Getenv("MESH_FULL") == "" {
+		t.Skip("takes seven minutes; set MESH_FULL=1")
+	}
+	t.Parallel()
+	m := meshtest.Start(t, openPolicy)
+	laptop := stockOf(t, m, "laptop", []string{"tag:s"}, nil, "-port", fmt.Sprint(freePort(t)))
+	both, _ := sharers(t, m, laptop)
+	busy := converse(t, laptop, both[0])
+	silence := time.NewTimer(7 * time.Minute)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for silent := true; silent; {
+		select {
+		case <-tick.C:
+			busy.goesOn(t, laptop)
+		case <-silence.C:
+			silent = false
+		}
+	}
+	begin := time.Now()
+	talk(t, both[1], laptop, false)
+	t.Logf("heard after %v", time.Since(begin))
+	talk(t, laptop, both[1], false)
+	until(t, "direct paths", func() bool {
+		busy.goesOn(t, laptop)
+		talk(t, both[1], laptop, true)
+		return both[1].pathTo(laptop) == "direct" && both[0].pathTo(laptop) == "direct" && laptop.pathTo(both[1]) == "direct"
+	})
 }

@@ -1,7 +1,8 @@
 // Package path finds and uses the best way to each peer: direct UDP where disco
 // finds one that works, the peer's home relay otherwise, both while in doubt.
-// It owns the node's UDP sockets and relay connections, and learns and reports
-// the node's own endpoints and home relay.
+// It owns the node's UDP sockets, or shares them with other nodes of the process,
+// and relay connections, and learns and reports the node's own endpoints and home
+// relay.
 //
 // WireGuard datagrams go in and out; path neither reads nor authenticates them.
 // What it knows of a peer it asks of the netmap through functions of Config.
@@ -155,8 +156,8 @@ type Path struct {
 	dial   func(context.Context, *wire.DERPRegion, identity.NodePrivate) (relayConn, error)
 	peers  table
 	relays relaySet
-	port   *port                    // empty with RelayOnly
-	share  *share                   // in port; nil if it is the node's own
+	port   *port                    // where sockets are; none with RelayOnly
+	share  *share                   // the part in port; nil if it is the node's own
 	socks  *atomic.Pointer[sockets] // those of port
 	ways   atomic.Pointer[ways]     // nil = none; written under waysMu
 

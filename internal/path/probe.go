@@ -21,11 +21,16 @@ func (p *Path) discoUDP(from netip.AddrPort, packet []byte) {
 	}
 	switch p.openDisco(from, key, packet) {
 	case demux.Unknown:
-		p.counts.discoUnknown.Add(1)
-		p.hold(heldPacket{src: Source{Addr: from}, disco: key}, packet)
+		p.holdDisco(from, key, packet)
 	case demux.Refused:
 		p.counts.discoForged.Add(1)
 	}
+}
+
+// holdDisco keeps a disco packet of somebody unknown who may be known soon.
+func (p *Path) holdDisco(from netip.AddrPort, key identity.DiscoPublic, packet []byte) {
+	p.counts.discoUnknown.Add(1)
+	p.hold(heldPacket{src: Source{Addr: from}, disco: key}, packet)
 }
 
 // openDisco handles a disco packet that came by UDP if it is for this node.

@@ -17,6 +17,19 @@ import (
 	"mesh/internal/stun"
 )
 
+// Nodes that share a port are several peers at one address to others. Nodes of ours
+// tell whose a datagram is by its index, see wireguardUDP. Stock clients take an
+// address for the peer whose ping or pong came from there last, and so go to and
+// fro between sharers. Little depends on it: whose a WireGuard message is they tell
+// by index and key as well, a WireGuard peer stays tied to its node wherever its
+// messages come from, paths are found for each node by disco; what goes by address
+// are notes of when a node was heard. In 1.90, not in 1.102, one thing hangs on
+// those: what comes from an address has the WireGuard peer configured again that
+// was silent for five minutes, and that may be the other sharer's. So a handshake
+// has to come by relay too, or right after a ping of the same node; ours do both.
+// TestStockTalksToSharers and TestStockHearsOfSilentSharer of package interop show
+// it.
+
 // rebindSpacing is how soon shared sockets are replaced again at the earliest:
 // all who share them hear of a change of the network and find them lacking.
 const rebindSpacing = time.Second
@@ -42,10 +55,10 @@ type sharedPort struct {
 
 	nodes int // guarded by sharing.mu
 
-	mu     sync.Mutex // guards what follows
-	users  map[*Path]struct{}
-	mapper *Path      // who asks the gateway to forward the port; nil = nobody
-	mapped []Endpoint // by which it does
+	usersMu sync.Mutex // guards what follows
+	users   map[*Path]struct{}
+	mapper  *Path      // who asks the gateway to forward the port; nil = nobody
+	mapped  []Endpoint // by which it does
 }
 
 // share is a node's part in a shared port.
@@ -72,7 +85,7 @@ func (h *sharing) join(p *Path) (*share, error) {
 	if most == 0 {
 		most = runtime.GOMAXPROCS(0)
 	}
-	if least == nil || least.nodes > 0 && len(h.all) < most {
+	if least == nil || len(h.all) < most {
 		t := &sharedPort{table: demux.New(), users: make(map[*Path]struct{})}
 		t.init(func(ctx context.Context, number uint16) (*sockets, error) {
 			return openHost(ctx, new(net.ListenConfig).ListenPacket, number)
@@ -86,10 +99,10 @@ func (h *sharing) join(p *Path) (*share, error) {
 		}
 	}
 	least.nodes++
-	least.mu.Lock()
+	least.usersMu.Lock()
 	least.users[p] = struct{}{}
 	p.lent = least.mapped
-	least.mu.Unlock()
+	least.usersMu.Unlock()
 	return &share{of: h, port: least, seat: least.table.Join()}, nil
 }
 
@@ -98,14 +111,14 @@ func (h *sharing) join(p *Path) (*share, error) {
 func (sh *share) leave(p *Path) {
 	sh.seat.Leave()
 	t := sh.port
-	t.mu.Lock()
+	t.usersMu.Lock()
 	delete(t.users, p)
 	var others []*Path
 	if t.mapper == p { // and has given the mapping back
 		others = t.lendLocked(p, nil)
 		t.mapper = nil
 	}
-	t.mu.Unlock()
+	t.usersMu.Unlock()
 	for _, o := range others {
 		o.setLent(nil)
 	}
@@ -126,8 +139,8 @@ func (sh *share) leave(p *Path) {
 // claim makes a node the one that has the port mapped, unless another is.
 func (sh *share) claim(p *Path) bool {
 	t := sh.port
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.usersMu.Lock()
+	defer t.usersMu.Unlock()
 	if t.mapper == nil {
 		t.mapper = p
 	}
@@ -137,12 +150,12 @@ func (sh *share) claim(p *Path) bool {
 // lend tells the other nodes where the gateway forwards the port.
 func (sh *share) lend(by *Path, list []Endpoint) {
 	t := sh.port
-	t.mu.Lock()
+	t.usersMu.Lock()
 	var others []*Path
 	if t.mapper == by {
 		others = t.lendLocked(by, list)
 	}
-	t.mu.Unlock()
+	t.usersMu.Unlock()
 	for _, p := range others {
 		p.setLent(list)
 	}
@@ -194,6 +207,13 @@ func (m member) Disco(from netip.AddrPort, sender identity.DiscoPublic, packet [
 		return demux.Unknown
 	}
 	return m.p.openDisco(from, sender, packet)
+}
+
+// Hold implements demux.Node.
+func (m member) Hold(from netip.AddrPort, sender identity.DiscoPublic, packet []byte) {
+	if usable(from) {
+		m.p.holdDisco(from, sender, packet)
+	}
 }
 
 // Lost implements demux.Node.
