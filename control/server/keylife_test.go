@@ -22,6 +22,34 @@ func (m *machine) rotate(authKey string) (*wire.RegisterResponse, error) {
 	return m.register(req)
 }
 
+// The server starts again while a former key goes on: that is a member for the
+// rest of its time, and that of a node which did not ask for it is not.
+func TestFormerKeyOutlivesServer(t *testing.T) {
+	w := newWorld(t, nil)
+	key := w.key(store.Key{Reusable: true, NodeExpiry: 30 * 24 * time.Hour})
+	a, b := w.machine().join(key), w.machine().join(key)
+	kept, dead := a.key.Public(), b.key.Public()
+	if resp, err := a.rotate(""); err != nil || !resp.MachineAuthorized {
+		t.Fatalf("rotate: %+v %v", resp, err)
+	}
+	b.key = identity.NewNode()
+	req := b.registerRequest("")
+	req.OldNodeKey = dead
+	if resp, err := b.register(req); err != nil || !resp.MachineAuthorized {
+		t.Fatalf("rotate: %+v %v", resp, err)
+	}
+	w.stop()
+	w.start(nil)
+	if !w.s.Admit(kept) || !w.s.Admit(a.key.Public()) || !w.s.Admit(b.key.Public()) || w.s.Admit(dead) {
+		t.Errorf("members: %v", w.s.Members())
+	}
+	w.stop()
+	w.start(func(c *Config) { c.Now = func() time.Time { return time.Now().Add(wire.KeptKeyFor) } })
+	if w.s.Admit(kept) || !w.s.Admit(a.key.Public()) {
+		t.Errorf("members after a while: %v", w.s.Members())
+	}
+}
+
 // A node makes itself another key while the former one is good: that stays a
 // member for a while, and peers hear of the new one when the node is there with
 // it.

@@ -379,14 +379,18 @@ func (s *Server) rotate(ctx context.Context, c *client, id wire.NodeID, req *wir
 	if life, ok := s.ownKeyLife(n); ok && !expiredAt(expires, now) {
 		expires = expiry(life, now)
 	}
+	var kept time.Time
+	if req.MeshKeeps && !n.expired {
+		kept = now.Add(wire.KeptKeyFor)
+	}
 	s.mu.Unlock()
-	if err := s.store.RotateNodeKey(ctx, id, req.NodeKey, expires, now); err != nil {
+	if err := s.store.RotateNodeKey(ctx, id, req.NodeKey, expires, kept, now); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n.Expires = expires
-	s.rekey(n, req.NodeKey, c, req.MeshKeeps && !n.expired)
+	s.rekey(n, req.NodeKey, c, !kept.IsZero() && !n.expired)
 	return s.welcomeProcess(n, c, replaced), nil
 }
 

@@ -259,11 +259,25 @@ func (s *Server) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	now := s.cfg.Now()
+	kept, err := s.store.KeptKeys(ctx, now)
+	if err != nil {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := s.cfg.Now()
 	for i := range nodes {
-		n := s.nodes.add(nodes[i])
+		s.nodes.add(nodes[i])
+	}
+	for _, k := range kept {
+		// Who made it another key goes on answering to it, and peers may know
+		// no other.
+		if n := s.nodes.byID[k.Node]; n != nil && !s.outAt(&n.Node, now) {
+			n.former, n.formerUntil = k.Key, k.Until
+			s.nodes.formers[k.Key] = n
+		}
+	}
+	for _, n := range s.nodes.byID {
 		n.expired = s.outAt(&n.Node, now)
 		// Whoever was online gets time to come back before peers hear that
 		// it is not.

@@ -34,7 +34,7 @@ var migrations = []migration{
 	{ddl: schema5, then: chainAudit, sqlite: schema5Sealed, postgres: schema5SealedPostgres, breaks: true},
 	{ddl: schema6, breaks: true},
 	{ddl: schema7, postgres: schema7Postgres, breaks: true},
-	{postgres: schema8Postgres},
+	{ddl: schema8, postgres: schema8Postgres},
 }
 
 func makeServerKey(ctx context.Context, tx *sql.Tx) error {
@@ -50,7 +50,7 @@ func run(ctx context.Context, tx *sql.Tx, version int, postgres bool) error {
 		if postgres {
 			ddl, own = postgresDDL.Replace(ddl), m.postgres
 		}
-		if err := define(ctx, tx, ddl); err != nil {
+		if _, err := tx.ExecContext(ctx, ddl); err != nil {
 			return err
 		}
 		if m.then != nil {
@@ -58,21 +58,19 @@ func run(ctx context.Context, tx *sql.Tx, version int, postgres bool) error {
 				return err
 			}
 		}
-		if err := define(ctx, tx, own); err != nil {
-			return err
+		if own != "" {
+			if _, err := tx.ExecContext(ctx, own); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// define runs statements, "" = none.
-func define(ctx context.Context, tx *sql.Tx, ddl string) error {
-	if ddl == "" {
-		return nil
-	}
-	_, err := tx.ExecContext(ctx, ddl)
-	return err
-}
+// schema8: until when a key that a node replaced goes on beside the new one.
+const schema8 = `
+ALTER TABLE dead_keys ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
+`
 
 // schema7: which replica a node has its poll at, and by whom and when what it
 // reports was written.

@@ -184,8 +184,12 @@ func nodeOwner(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, owner str
 	return name, owner, err
 }
 
-// retire moves the present key of a node to the dead ones.
+// retire moves the present key of a node to the dead ones, and ends what is left
+// of the key before.
 func retire(ctx context.Context, tx *sql.Tx, id wire.NodeID, removed bool, now time.Time) error {
+	if _, err := tx.ExecContext(ctx, `UPDATE dead_keys SET kept = 0 WHERE node_id = $1 AND kept <> 0`, id); err != nil {
+		return err
+	}
 	r, err := tx.ExecContext(ctx, `INSERT INTO dead_keys (node_key, machine_key, removed, auth_key, at, node_id)
 		SELECT node_key, machine_key, $1, auth_key, $2, id FROM nodes WHERE id = $3
 		ON CONFLICT (node_key) DO UPDATE SET machine_key = excluded.machine_key, removed = excluded.removed, auth_key = excluded.auth_key,
@@ -231,7 +235,7 @@ func keyOf(ctx context.Context, tx *sql.Tx, id wire.NodeID) (name, key string, e
 const keptKeys = 16
 
 // RotateNodeKey implements Store.
-func (s *database) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error {
+func (s *database) RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, kept, now time.Time) error {
 	return s.tx(ctx, fmt.Sprintf("rotate key of node %d", id), func(ctx context.Context, tx *sql.Tx) error {
 		if err := notDead(ctx, tx, key); err != nil {
 			return err
@@ -241,6 +245,10 @@ func (s *database) RotateNodeKey(ctx context.Context, id wire.NodeID, key identi
 			return err
 		}
 		if err := retire(ctx, tx, id, false, now); err != nil {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, `UPDATE dead_keys SET kept = $1 WHERE node_key = (SELECT node_key FROM nodes WHERE id = $2)`, stamp(kept), id)
+		if err != nil {
 			return err
 		}
 		if _, err := tx.ExecContext(ctx, `UPDATE nodes SET node_key = $1, expires = $2 WHERE id = $3`, keyBytes(key), stamp(expires), id); err != nil {
@@ -435,6 +443,23 @@ func (s *database) DeadKey(ctx context.Context, key identity.NodePublic) (DeadKe
 	}
 	d.Machine = identity.MachinePublicFrom(m)
 	return d, nil
+}
+
+// KeptKeys implements Store.
+func (s *database) KeptKeys(ctx context.Context, now time.Time) ([]KeptKey, error) {
+	return query(ctx, s, "list keys that go on", `SELECT node_key, node_id, kept FROM dead_keys WHERE kept > $1 AND removed = 0 ORDER BY node_id`, func(r *sql.Rows) (k KeptKey, err error) {
+		var key []byte
+		var until int64
+		var raw [identity.KeyLen]byte
+		if err := r.Scan(&key, &k.Node, &until); err != nil {
+			return k, err
+		}
+		if err := copyKey(&raw, key); err != nil {
+			return k, err
+		}
+		k.Key, k.Until = identity.NodePublicFrom(raw), unstamp(until)
+		return k, nil
+	}, stamp(now))
 }
 
 // Buried implements Store.

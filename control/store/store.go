@@ -142,6 +142,13 @@ type DeadKey struct {
 	Node    wire.NodeID // whose key it was, 0 = unknown
 }
 
+// KeptKey is a dead node key that goes on for a while beside the node's new one.
+type KeptKey struct {
+	Key   identity.NodePublic
+	Node  wire.NodeID
+	Until time.Time
+}
+
 // Policy is one version of the policy.
 type Policy struct {
 	Version int64 // counts from 1
@@ -222,8 +229,12 @@ type Store interface {
 	// administrator instead of a key.
 	AdmitNode(ctx context.Context, by string, n Node, now time.Time) (Node, error)
 	// RotateNodeKey gives a node another key, which expires then (zero =
-	// never); the former one dies.
-	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, now time.Time) error
+	// never); the former one dies, but is among KeptKeys until kept (zero = it
+	// is not).
+	RotateNodeKey(ctx context.Context, id wire.NodeID, key identity.NodePublic, expires, kept, now time.Time) error
+	// KeptKeys returns the former keys that go on beside the present ones of
+	// their nodes: one of a node at most.
+	KeptKeys(ctx context.Context, now time.Time) ([]KeptKey, error)
 	// ExpireNode sets the expiry of the node's key, and for any but zero, which
 	// is never, that the node cannot put it off.
 	ExpireNode(ctx context.Context, by string, id wire.NodeID, at, now time.Time) error

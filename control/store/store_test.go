@@ -335,7 +335,7 @@ func testManyRotations(t *testing.T, open func() Store) {
 	old := []identity.NodePublic{n.Key}
 	for i := range 2 * keptKeys {
 		key := identity.NewNode().Public()
-		if err := s.RotateNodeKey(ctx, n.ID, key, time.Time{}, start.Add(time.Duration(i)*time.Second)); err != nil {
+		if err := s.RotateNodeKey(ctx, n.ID, key, time.Time{}, time.Time{}, start.Add(time.Duration(i)*time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		old = append(old, key)
@@ -376,6 +376,9 @@ func testKeyLife(t *testing.T, open func() Store) {
 	renewed := must[[]Node](t)(s.Nodes(ctx))[1]
 	renewed.Key, renewed.KeyLife = identity.NewNode().Public(), time.Hour
 	must[Node](t)(s.RegisterNode(ctx, text, renewed, start))
+	if got := must[[]KeptKey](t)(s.KeptKeys(ctx, start)); len(got) != 0 {
+		t.Errorf("keys that go on after another key: %+v", got)
+	}
 	if life(1) != time.Hour {
 		t.Errorf("enrolled anew: %v", life(1))
 	}
@@ -397,8 +400,14 @@ func testDeadKeys(t *testing.T, open func() Store) {
 	old := n.Key
 	n.Key = identity.NewNode().Public()
 	later := start.Add(time.Hour)
-	if err := s.RotateNodeKey(ctx, n.ID, n.Key, later, start); err != nil {
+	if err := s.RotateNodeKey(ctx, n.ID, n.Key, later, start.Add(time.Minute), start); err != nil {
 		t.Fatal(err)
+	}
+	if got := must[[]KeptKey](t)(s.KeptKeys(ctx, start)); len(got) != 1 || got[0] != (KeptKey{old, n.ID, start.Add(time.Minute)}) {
+		t.Errorf("keys that go on: %+v", got)
+	}
+	if got := must[[]KeptKey](t)(s.KeptKeys(ctx, start.Add(time.Minute))); len(got) != 0 {
+		t.Errorf("keys that go on for too long: %+v", got)
 	}
 	if got := must[[]Node](t)(s.Nodes(ctx))[0]; got.Key != n.Key || !got.Expires.Equal(later) {
 		t.Errorf("rotated: %+v", got)
@@ -407,7 +416,7 @@ func testDeadKeys(t *testing.T, open func() Store) {
 	if d.Removed || d.Machine != n.Machine || d.Node != n.ID {
 		t.Errorf("after rotation: %+v", d)
 	}
-	if err := s.RotateNodeKey(ctx, n.ID, old, later, start); !errors.Is(err, ErrConflict) {
+	if err := s.RotateNodeKey(ctx, n.ID, old, later, time.Time{}, start); !errors.Is(err, ErrConflict) {
 		t.Errorf("rotate back: %v, want ErrConflict", err)
 	}
 	renewed := n

@@ -33,7 +33,7 @@ func filled(t *testing.T, path string) *SQLite {
 	must[Grant](t)(s.AddGrant(ctx, Grant{Author: "admin", Until: start.Add(time.Hour)}, start))
 	if err := errors.Join(
 		s.SaveStates(ctx, map[wire.NodeID]NodeState{1: st}),
-		s.RotateNodeKey(ctx, 2, identity.NewNode().Public(), time.Time{}, start),
+		s.RotateNodeKey(ctx, 2, identity.NewNode().Public(), time.Time{}, start.Add(time.Minute), start),
 		s.RemoveNode(ctx, "admin", last.ID, true, start), // its number is not given out again
 		s.PutRelay(ctx, Relay{NodeKey: identity.NewNode().Public(), Region: &wire.DERPRegion{RegionID: 901, Nodes: []*wire.DERPNode{{Name: "901a"}}}, Key: rk.ID, Created: start}, start),
 	); err != nil {
