@@ -81,8 +81,9 @@ type world struct {
 	path  string // of the file, or URL of the database
 	http  *http.Server
 	dial  func(context.Context) (net.Conn, error)
-	pipes bool // a network in memory, for virtual time
-	dead  bool // it was cut off from its store
+	addr  string // of TCP; "" with pipes
+	pipes bool   // a network in memory, for virtual time
+	dead  bool   // it was cut off from its store
 	done  chan struct{}
 }
 
@@ -145,7 +146,8 @@ func (w *world) start(change func(*Config)) {
 		if l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 			w.t.Fatal(err)
 		}
-		addr := l.Addr().String()
+		w.addr = l.Addr().String()
+		addr := w.addr
 		w.dial = func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) }
 	}
 	w.http = HTTPServer(w.s.Handler())
