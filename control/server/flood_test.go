@@ -38,7 +38,7 @@ func TestRegistrationFlood_A14(t *testing.T) {
 		slices.Sort(took)
 		return took
 	}
-	const rounds = 100
+	const rounds = 40
 	joins(rounds / 10)
 	before := joins(rounds)
 
