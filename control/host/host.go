@@ -138,7 +138,7 @@ func Start(cfg Config) (_ *Host, err error) {
 	h.onClose(func() { h.store.Close() })
 	h.watchRecord()
 
-	ln, err := net.Listen("tcp", cfg.Listen)
+	ln, err := listen(cfg.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen for nodes: %w; choose another address with --listen", err)
 	}
