@@ -116,8 +116,8 @@ type Config struct {
 	// Owns reports whether a WireGuard initiation was made for a key of this node.
 	Owns func(initiation []byte) bool
 	// Whose names the peer of the session that a WireGuard message is of, by the
-	// index in it. It is asked where several peers use one address. Optional: then
-	// they count as the one that used it first lately.
+	// index in it. It is asked where several peers use one address. Without it
+	// they all count as the one that proved to use it last.
 	Whose func(datagram []byte) (identity.NodePublic, bool)
 	// RelayOnly opens no UDP socket: everything goes by relay.
 	RelayOnly bool
