@@ -1,8 +1,10 @@
 package netstack
 
 import (
+	"bytes"
 	"encoding/binary"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +19,9 @@ const (
 	crowdFrom   = 8
 	crowdMost   = 48       // packets that wait at most,
 	crowdBytes  = 32 << 10 // and their bytes
+
+	// crowdFollow is how many packets may wait with those that follow them.
+	crowdFollow = 1024
 )
 
 // crowd lets the small packets of many busy connections leave together: what
@@ -33,6 +38,7 @@ type crowd struct {
 	at    time.Time  // when it came
 	score int        // how many before it were of other connections
 	wait  *train     // what waits; nil at first
+	away  *train     // what is being sent; nil = nothing
 	spare *train     // the one that was sent before
 	going bool       // a goroutine is about to send it
 
@@ -42,19 +48,33 @@ type crowd struct {
 // smallData tells the ports of a packet that is data of a TCP connection and
 // nothing else.
 func smallData(p []byte) (ports uint32, ok bool) {
-	l3 := header.IPv6MinimumSize
-	switch {
-	case len(p) <= 40:
-		return 0, false
-	case p[0] == 0x45 && p[9] == byte(header.TCPProtocolNumber):
-		l3 = header.IPv4MinimumSize
-	case p[0]>>4 == 6 && len(p) > 60 && p[6] == byte(header.TCPProtocolNumber):
-	default:
+	tcp := segmentOf(p)
+	if tcp == nil {
 		return 0, false
 	}
-	tcp := p[l3:]
 	flags := header.TCPFlags(tcp[header.TCPFlagsOffset])
 	return binary.BigEndian.Uint32(tcp), flags&^header.TCPFlagPsh == header.TCPFlagAck && len(tcp) > int(tcp[header.TCPDataOffset]>>4)*4
+}
+
+// segmentOf is what follows the IP header in a packet of TCP, at least a header;
+// nil for others.
+func segmentOf(p []byte) []byte {
+	switch {
+	case len(p) >= header.IPv4MinimumSize+header.TCPMinimumSize && p[0] == 0x45 && p[9] == byte(header.TCPProtocolNumber):
+		return p[header.IPv4MinimumSize:]
+	case len(p) >= header.IPv6MinimumSize+header.TCPMinimumSize && p[0]>>4 == 6 && p[6] == byte(header.TCPProtocolNumber):
+		return p[header.IPv6MinimumSize:]
+	}
+	return nil
+}
+
+// has reports whether a packet of a connection with such ports is in the train,
+// which may be nil.
+func (t *train) has(ports uint32) bool {
+	return t != nil && slices.ContainsFunc(t.packets, func(p []byte) bool {
+		tcp := segmentOf(p)
+		return tcp != nil && binary.BigEndian.Uint32(tcp) == ports
+	})
 }
 
 // join takes a copy of a packet if it is one of a crowd, to be sent soon; start
@@ -82,7 +102,7 @@ func (c *crowd) join(p []byte) (joined, start bool) {
 	if c.wait == nil {
 		c.wait = &train{buf: make([]byte, 0, crowdBytes)}
 	}
-	if w := c.wait; len(w.packets) == crowdMost || len(w.buf)+len(p) > cap(w.buf) {
+	if w := c.wait; len(w.packets) >= crowdMost || len(w.buf)+len(p) > cap(w.buf) {
 		return false, false
 	}
 	b := c.wait.take(len(p))
@@ -96,13 +116,44 @@ func (c *crowd) join(p []byte) (joined, start bool) {
 
 // send sends packets now, after those that wait; but it does not wait for who is
 // sending those: two stacks that hand packets to each other would, for ever.
-// What overtakes others then is put in order by TCP.
+// What overtakes packets of its own connection then would look like a loss: it
+// waits with them.
 func (c *crowd) send(packets [][]byte) {
-	if c.pending.Load() && c.leaving.TryLock() {
-		defer c.leaving.Unlock()
-		c.flush(false)
+	if c.pending.Load() {
+		if c.leaving.TryLock() {
+			defer c.leaving.Unlock()
+			c.flush(false)
+		} else if c.follow(packets) {
+			return
+		}
 	}
 	c.out(packets)
+}
+
+// follow takes copies of packets of one connection if others of it wait or are
+// being sent: whoever sends those looks again for what waits. Beyond some
+// megabytes TCP has to put them in order.
+func (c *crowd) follow(packets [][]byte) bool {
+	tcp := segmentOf(packets[0])
+	if tcp == nil {
+		return false
+	}
+	ports := binary.BigEndian.Uint32(tcp)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.wait.has(ports) && !c.away.has(ports) {
+		return false
+	}
+	if c.wait == nil {
+		c.wait = &train{buf: make([]byte, 0, crowdBytes)}
+	}
+	if len(c.wait.packets)+len(packets) > crowdFollow {
+		return false
+	}
+	for _, p := range packets {
+		c.wait.packets = append(c.wait.packets, bytes.Clone(p))
+	}
+	return true
 }
 
 // leave sends what waits once others had their turn.
@@ -127,12 +178,12 @@ func (c *crowd) flush(last bool) {
 			c.mu.Unlock()
 			return
 		}
-		c.wait, c.spare = c.spare, nil
+		c.wait, c.spare, c.away = c.spare, nil, t
 		c.mu.Unlock()
 		c.out(t.packets)
-		t.reset()
 		c.mu.Lock()
-		c.spare = t
+		t.reset()
+		c.spare, c.away = t, nil
 		c.mu.Unlock()
 	}
 }
