@@ -84,7 +84,7 @@ type login struct {
 	done    chan struct{} // closed when the state is no longer loginPending, or the login is dropped
 	waiter  chan struct{} // of the request that waits; closed when another takes its place
 	place   *list.Element
-	told    *store.Login // what other replicas know of it, nil = nothing
+	told    *store.Login // what is stored of it, nil = nothing
 }
 
 // logins are those that are open, and for as long as they would be, those that
@@ -96,7 +96,7 @@ type logins struct {
 	order     list.List // of *login, oldest first; all live equally long
 	waiting   int       // requests
 	waitingBy map[netip.Prefix]int
-	over      []string // codes of those that other replicas still know
+	over      []string // codes of those that are still stored
 }
 
 func (g *logins) init() {
@@ -251,7 +251,7 @@ func (s *Server) askLogin(ctx context.Context, c *client, req *wire.RegisterRequ
 	if err != nil {
 		return nil, err
 	}
-	if err := s.shareLogin(ctx, l); err != nil {
+	if err := s.storeLogin(ctx, l); err != nil {
 		return nil, err
 	}
 	return &wire.RegisterResponse{AuthURL: s.loginURL(l.code)}, nil
@@ -291,8 +291,8 @@ func (s *Server) awaitLogin(ctx context.Context, c *client, req *wire.RegisterRe
 	g.waiting++
 	count(g.waitingBy, from, 1)
 	s.mu.Unlock()
-	if err := s.shareLogin(ctx, l); err != nil {
-		s.log.Debug("other replicas could not be told of a login's new key", zap.Error(err))
+	if err := s.storeLogin(ctx, l); err != nil {
+		s.log.Debug("a login's new key could not be stored", zap.Error(err))
 	}
 
 	over := time.NewTimer(l.expires.Sub(now))
@@ -401,8 +401,8 @@ func (s *Server) decideLogin(ctx context.Context, l *login, state loginState, no
 	s.mu.Lock()
 	l.decide(state, node)
 	s.mu.Unlock()
-	if err := s.shareLogin(context.WithoutCancel(ctx), l); err != nil {
-		s.log.Warn("other replicas could not be told what became of a login", zap.Error(err))
+	if err := s.storeLogin(context.WithoutCancel(ctx), l); err != nil {
+		s.log.Warn("what became of a login could not be stored", zap.Error(err))
 	}
 }
 

@@ -215,6 +215,47 @@ func testLoginOverReconnects(t *testing.T, w *world) {
 	}
 }
 
+// Who asked to be let in need not ask again when the server has started again,
+// and what was decided before stays decided.
+func TestLoginOutlivesServer(t *testing.T) {
+	w := newWorld(t, withLogin)
+	w.user("alice")
+	m, other := w.machine(), w.machine()
+	url, rejected := m.ask(nil), other.ask(nil)
+	if err := w.s.RejectLogin(t.Context(), "admin", rejected); err != nil {
+		t.Fatal(err)
+	}
+	w.stop()
+	w.start(withLogin)
+	m.connect()
+	other.connect()
+	if again := m.ask(nil); again != url {
+		t.Errorf("sent to %s, and now to %s", url, again)
+	}
+	if _, err := w.s.ApproveLogin(t.Context(), "admin", url, "alice", nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-m.follow(url, nil); got.err != nil || !got.MachineAuthorized {
+		t.Errorf("approved: %+v, %v", got.RegisterResponse, got.err)
+	}
+	if got := <-other.follow(rejected, nil); got.err != nil || got.MeshCode != wire.CodeLoginRejected {
+		t.Errorf("rejected: %+v, %v", got.RegisterResponse, got.err)
+	}
+	// What is over is stored no longer.
+	now := w.s.cfg.Now
+	w.stop()
+	w.start(func(c *Config) {
+		withLogin(c)
+		c.Now = func() time.Time { return now().Add(2 * loginLife) }
+	})
+	if err := w.s.flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := must[[]store.Login](t)(w.store.Logins(t.Context())); len(left) != 0 {
+		t.Errorf("still stored: %+v", left)
+	}
+}
+
 func TestLoginRejected(t *testing.T) {
 	bubble(t, withLogin, func(t *testing.T, w *world) {
 		m := w.machine()

@@ -403,9 +403,9 @@ func (s *Server) flush(ctx context.Context) error {
 	claims := s.replica.claims
 	s.replica.claims = make(map[wire.NodeID]bool)
 	s.mu.Unlock()
+	s.removeLogins(ctx)
 	var err error
 	if s.replica.store != nil {
-		s.unshareLogins(ctx)
 		err = s.replica.store.SaveReports(ctx, states, claims)
 	} else {
 		err = s.store.SaveStates(ctx, states)

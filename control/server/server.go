@@ -296,16 +296,13 @@ func (s *Server) load(ctx context.Context) error {
 	return s.loadShadow(ctx)
 }
 
-// join makes a loaded server one of the replicas, if it is to be one. Nobody else
-// has the server yet.
+// join takes in who asks to be let in, and makes a loaded server one of the
+// replicas, if it is to be one. Nobody else has the server yet.
 func (s *Server) join(ctx context.Context) error {
-	if s.replica.store == nil {
-		return nil
-	}
 	s.opMu.Lock()
 	err := s.followLogins(ctx)
 	s.opMu.Unlock()
-	if err != nil {
+	if err != nil || s.replica.store == nil {
 		return err
 	}
 	return s.beatOnce(ctx)

@@ -341,37 +341,3 @@ func (s *Postgres) saveReports(ctx context.Context, rows []report) error {
 		return err
 	})
 }
-
-// PutLogin implements Shared. What was decided stays: who tells of a new key of a
-// machine that still waits may not have heard of it yet.
-func (s *Postgres) PutLogin(ctx context.Context, l Login) error {
-	text, err := encode(l)
-	if err != nil {
-		return err
-	}
-	return s.tx(ctx, "store login", func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO logins (code, about, expires) VALUES ($1,$2,$3)
-			ON CONFLICT (code) DO UPDATE SET about = excluded.about, expires = excluded.expires
-			WHERE (logins.about::jsonb ->> 'State')::int = 0`, l.Code, text, stamp(l.Expires))
-		return err
-	})
-}
-
-// RemoveLogin implements Shared.
-func (s *Postgres) RemoveLogin(ctx context.Context, code string) error {
-	return s.tx(ctx, "remove login", func(ctx context.Context, tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `DELETE FROM logins WHERE code = $1`, code)
-		return err
-	})
-}
-
-// Logins implements Shared.
-func (s *Postgres) Logins(ctx context.Context, now time.Time) ([]Login, error) {
-	return query(ctx, &s.database, "list logins", `SELECT about FROM logins WHERE expires > $1 ORDER BY expires`, func(r *sql.Rows) (l Login, err error) {
-		var text string
-		if err := r.Scan(&text); err != nil {
-			return l, err
-		}
-		return l, decode(text, &l)
-	}, stamp(now))
-}

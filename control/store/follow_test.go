@@ -111,7 +111,7 @@ func TestLoginStaysDecided(t *testing.T) {
 	if err := errors.Join(r[0].PutLogin(ctx, l), r[1].PutLogin(ctx, decided), r[0].PutLogin(ctx, l)); err != nil {
 		t.Fatal(err)
 	}
-	if got := must[[]Login](t)(r[0].Logins(ctx, start)); len(got) != 1 || got[0].State != 1 || got[0].Node != 7 {
+	if got := must[[]Login](t)(r[0].Logins(ctx)); len(got) != 1 || got[0].State != 1 || got[0].Node != 7 {
 		t.Errorf("got %+v", got)
 	}
 }

@@ -34,7 +34,7 @@ var migrations = []migration{
 	{ddl: schema5, then: chainAudit, sqlite: schema5Sealed, postgres: schema5SealedPostgres, breaks: true},
 	{ddl: schema6, breaks: true},
 	{ddl: schema7, postgres: schema7Postgres, breaks: true},
-	{ddl: schema8, postgres: schema8Postgres},
+	{ddl: schema8, sqlite: schema8Logins, postgres: schema8Postgres},
 }
 
 func makeServerKey(ctx context.Context, tx *sql.Tx) error {

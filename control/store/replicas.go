@@ -64,3 +64,8 @@ CREATE TRIGGER mesh_changed AFTER INSERT OR UPDATE OR DELETE ON shadow FOR EACH 
 CREATE TRIGGER mesh_changed AFTER INSERT OR UPDATE OR DELETE ON relays FOR EACH ROW EXECUTE FUNCTION mesh_changed();
 CREATE TRIGGER mesh_changed AFTER INSERT OR UPDATE OR DELETE ON logins FOR EACH ROW EXECUTE FUNCTION mesh_changed();
 `
+
+// schema8Postgres: which process a replica is.
+const schema8Postgres = `
+ALTER TABLE replicas ADD COLUMN process TEXT NOT NULL DEFAULT '';
+`

@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"net/netip"
 	"time"
 
 	"mesh/control/wire"
@@ -41,13 +40,6 @@ type Shared interface {
 	// has its poll at another replica by now is not taken, unless claims has the
 	// node: its poll is new here.
 	SaveReports(ctx context.Context, states map[wire.NodeID]NodeState, claims map[wire.NodeID]bool) error
-
-	// PutLogin stores a machine that asks to be let in, by its code.
-	// One that was decided stays as it is.
-	PutLogin(ctx context.Context, l Login) error
-	RemoveLogin(ctx context.Context, code string) error
-	// Logins returns those that are not over.
-	Logins(ctx context.Context, now time.Time) ([]Login, error)
 }
 
 // A replica says every BeatEvery that it lives, and counts as alive for Lease
@@ -81,26 +73,3 @@ type Changes struct {
 	// changed.
 	Lost bool
 }
-
-// Login is a machine that asks to be let in without a key.
-type Login struct {
-	Code      string
-	Machine   identity.MachinePublic
-	Key, Old  identity.NodePublic
-	Info      *wire.Hostinfo
-	Tags      []string
-	Ephemeral bool
-	Expiry    time.Time // an earlier expiry that the node wishes for
-	Version   int
-	Instance  string // of the process that asks
-	Source    netip.Prefix
-	Asked     time.Time
-	Expires   time.Time
-	State     int // as the server counts them
-	Node      wire.NodeID
-}
-
-// schema8Postgres: which process a replica is.
-const schema8Postgres = `
-ALTER TABLE replicas ADD COLUMN process TEXT NOT NULL DEFAULT '';
-`

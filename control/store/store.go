@@ -289,6 +289,14 @@ type Store interface {
 	Relays(ctx context.Context) ([]Relay, error)
 	RemoveRelay(ctx context.Context, by string, key identity.NodePublic, now time.Time) error
 
+	// PutLogin stores a machine that asks to be let in, by its code. One that was
+	// decided stays as it is.
+	PutLogin(ctx context.Context, l Login) error
+	RemoveLogin(ctx context.Context, code string) error
+	// Logins returns all of them, those that are over too until somebody removes
+	// them.
+	Logins(ctx context.Context) ([]Login, error)
+
 	// Note records something that changes nothing else in the store.
 	Note(ctx context.Context, by, action, object, detail string, now time.Time) error
 	// Audit returns the entries since a time that follow the one with the ID

@@ -10,10 +10,10 @@ import (
 	"mesh/control/store"
 )
 
-// Logins are shared too: an administrator may answer at another replica than the
-// one that the machine asks.
+// Logins are stored: an administrator may answer at another replica than the one
+// that the machine asks, or when the server has started again.
 
-// row is what the other replicas are told of a login. Server.mu is held.
+// row is what is stored of a login. Server.mu is held.
 func (l *login) row() store.Login {
 	return store.Login{
 		Code: l.code, Machine: l.machine, Key: l.key, Old: l.old, Info: l.info, Tags: l.tags, Ephemeral: l.ephemeral, Expiry: l.expiry,
@@ -21,12 +21,8 @@ func (l *login) row() store.Login {
 	}
 }
 
-// shareLogin tells the other replicas of a login, if there are any and it is news
-// to them.
-func (s *Server) shareLogin(ctx context.Context, l *login) error {
-	if s.replica.store == nil {
-		return nil
-	}
+// storeLogin stores a login if what is stored of it is another.
+func (s *Server) storeLogin(ctx context.Context, l *login) error {
 	s.mu.Lock()
 	row := l.row()
 	tell := l.place != nil && (l.told == nil || !reflect.DeepEqual(*l.told, row))
@@ -34,7 +30,7 @@ func (s *Server) shareLogin(ctx context.Context, l *login) error {
 	if !tell {
 		return nil
 	}
-	if err := s.replica.store.PutLogin(ctx, row); err != nil {
+	if err := s.store.PutLogin(ctx, row); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -43,14 +39,14 @@ func (s *Server) shareLogin(ctx context.Context, l *login) error {
 	return nil
 }
 
-// unshareLogins tells the other replicas which logins are over.
-func (s *Server) unshareLogins(ctx context.Context) {
+// removeLogins takes logins that are over out of the store.
+func (s *Server) removeLogins(ctx context.Context) {
 	s.mu.Lock()
 	over := s.logins.over
 	s.logins.over = nil
 	s.mu.Unlock()
 	for i, code := range over {
-		if err := s.replica.store.RemoveLogin(ctx, code); err != nil {
+		if err := s.store.RemoveLogin(ctx, code); err != nil {
 			s.log.Debug("login could not be removed", zap.Error(err))
 			s.mu.Lock()
 			s.logins.over = append(s.logins.over, over[i:]...)
@@ -60,11 +56,11 @@ func (s *Server) unshareLogins(ctx context.Context) {
 	}
 }
 
-// followLogins takes in logins of other replicas and what they decided. opMu is
-// held.
+// followLogins takes in logins that are stored and what other replicas decided.
+// opMu is held.
 func (s *Server) followLogins(ctx context.Context) error {
 	now := s.cfg.Now()
-	rows, err := s.replica.store.Logins(ctx, now)
+	rows, err := s.store.Logins(ctx)
 	if err != nil {
 		return err
 	}
@@ -74,6 +70,10 @@ func (s *Server) followLogins(ctx context.Context) error {
 	g.prune(now)
 	there := make(map[string]bool, len(rows))
 	for _, row := range rows {
+		if !row.Expires.After(now) {
+			g.over = append(g.over, row.Code)
+			continue
+		}
 		there[row.Code] = true
 		l := g.byCode[sha256.Sum256([]byte(row.Code))]
 		if l == nil {
