@@ -71,5 +71,16 @@ func fleetOf(b *bench, s *stack, prefix string, groups int) error {
 	b.add(s, prefix+"goroutines each", (all.Goroutines-none.Goroutines)/n-1) // but for the one that waits in Accept
 	b.add(s, prefix+"descriptors each", (all.Files-none.Files)/n)
 	b.add(s, prefix+"CPU ms to come up, each", (all.CPU-none.CPU)*1e3/n)
+	if groups == 1 {
+		return nil
+	}
+	if err := p.call("visit", load.VisitArgs{Count: b.fleet, Groups: groups}, nil); err != nil {
+		return err
+	}
+	if err := p.call("usage", load.UsageArgs{Collect: true}, &all); err != nil {
+		return err
+	}
+	b.add(s, prefix+"RSS KB each, when all have called and were", (all.RSS-none.RSS)/n/1e3)
+	b.add(s, prefix+"goroutines each, when all have called and were", (all.Goroutines-none.Goroutines)/n-1)
 	return nil
 }

@@ -91,6 +91,7 @@ func Main(s Stack) {
 		"halves":   op(a.halves),
 		"apply":    op(a.apply),
 		"fleet":    op(a.fleet),
+		"visit":    op(a.visit),
 		"dump":     op(a.dump),
 		"up":       op(a.up),
 		"down":     op(a.down),

@@ -63,6 +63,27 @@ func (a *agent) fleetNode(ctx context.Context, n NodeArgs) error {
 	return nil
 }
 
+// VisitArgs say how many nodes a fleet has, and in how many groups.
+type VisitArgs struct{ Count, Groups int }
+
+// visit has each node of a fleet call the next of its group once.
+func (a *agent) visit(ctx context.Context, v VisitArgs) (any, error) {
+	for i := range v.Count {
+		next := i + v.Groups
+		if next >= v.Count {
+			next = i % v.Groups
+		}
+		c, err := a.node(FleetName(i)).Dial(ctx, at2(FleetName(next), SinkPort))
+		if err != nil {
+			return nil, err
+		}
+		if err := c.Close(); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
+}
+
 // GroupsArgs say how many groups to make.
 type GroupsArgs struct{ Count int }
 
