@@ -107,6 +107,10 @@ func TestStockTalksToSharers(t *testing.T) {
 		talk(t, laptop, a, false)
 		talk(t, a, laptop, true)
 	}
+	alone := startAgent(t, m, "alone", []string{"tag:a"}, func(n *mesh.Node) { n.OwnSockets = true })
+	if portOf(t, laptop, alone) == shared {
+		t.Error("a node with sockets of its own shares them")
+	}
 	restore := cut(t, m, "", ports)
 	becomes("relay")
 	restore()

@@ -2,6 +2,7 @@ package path
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -76,7 +77,14 @@ func TestSharers(t *testing.T) {
 			}
 		}
 	}
-	each(func(a, b *node) { a.send(t, b, string(sealed(b.Index(), "hello"))) })
+	// The first ones begin the search for paths; there may be none yet.
+	hello := func(a, b *node) {
+		err := a.Send(b.key(), netip.AddrPort{}, [][]byte{sealed(b.Index(), "hello")})
+		if err != nil && !errors.Is(err, ErrNoPath) {
+			t.Fatal(err)
+		}
+	}
+	each(hello)
 	each(func(a, b *node) {
 		patient(t, "a direct path", func() bool { st := a.Status(b.key()); return st.Trusted && st.Direct.Port() == b.addr.Port() })
 	})
@@ -85,6 +93,8 @@ func TestSharers(t *testing.T) {
 	}
 	each(func(a, b *node) {
 		text := a.key().String() + b.key().String()
+		hello(a, b)
+		patient(t, "the direct path again", func() bool { return a.Status(b.key()).Trusted })
 		a.send(t, b, string(sealed(b.Index(), text)))
 		var all []received
 		patient(t, "a datagram", func() bool {
@@ -114,6 +124,10 @@ func TestSharers(t *testing.T) {
 		return slices.ContainsFunc(nodes[1].take(), func(g received) bool { return g.data == string(initiation) })
 	})
 
+	if st := nodes[0].Stats(); st.SharedRefused != 0 || st.SharedStrays > 100 {
+		t.Errorf("dropped: %+v", st)
+	}
+
 	// New sockets are for all, and replaced once.
 	seen := nodes[0].socks.Load()
 	h.all[0].spacing = 0
@@ -129,7 +143,7 @@ func TestSharers(t *testing.T) {
 		t.Error("replaced again so soon")
 	}
 	each(func(a, b *node) {
-		a.send(t, b, string(sealed(b.Index(), "hello")))
+		hello(a, b)
 		patient(t, "a direct path", func() bool { return a.Status(b.key()).Trusted })
 	})
 

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"mesh/control/wire"
+	"mesh/internal/demux"
 )
 
 // Stats counts what was ignored and withheld since New, for who wants to know
@@ -17,6 +18,9 @@ type Stats struct {
 	PongsStray   uint64 // pongs that answer no ping of ours
 	STUNStray    uint64 // STUN answers to no request of ours, or from elsewhere
 	PingsHeld    uint64 // pings not sent: bounds against reflection, or forbidden addresses
+	// Of a port that nodes share, for all of them together.
+	SharedStrays  uint64 // datagrams for none of them
+	SharedRefused uint64 // datagrams that are for one of them maybe, but more than the bounds let try
 }
 
 type counters struct {
@@ -28,7 +32,14 @@ func (p *Path) Stats() Stats {
 	p.mu.Lock()
 	held := p.budget.held
 	p.mu.Unlock()
+	var shared demux.Stats
+	if p.share != nil {
+		shared = p.share.port.table.Stats()
+	}
 	return Stats{
+		SharedStrays:  shared.Strays,
+		SharedRefused: shared.Refused,
+
 		DiscoUnknown: p.counts.discoUnknown.Load(),
 		DiscoForged:  p.counts.discoForged.Load(),
 		DiscoByUDP:   p.counts.discoByUDP.Load(),
