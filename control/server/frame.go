@@ -154,14 +154,27 @@ func appendStored(out, b []byte) []byte {
 }
 
 // memo remembers the compressed form of what several readers are sent. It holds
-// what was used last, up to twice memoSize bytes.
+// what was used last, up to twice memoSize bytes and for at most twice memoLife.
 type memo struct {
 	mu         sync.RWMutex // guards the members below
 	young, old map[string][]byte
-	size       int // of young
+	size       int       // of young
+	turned     time.Time // when young was empty
 }
 
-const memoSize = 16 << 20
+const (
+	memoSize = 16 << 20
+	memoLife = 30 * time.Second
+)
+
+// age forgets what nobody was sent for long. To be called now and then.
+func (m *memo) age(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now.Sub(m.turned) >= memoLife && len(m.young)+len(m.old) > 0 {
+		m.young, m.old, m.size, m.turned = make(map[string][]byte), m.young, 0, now
+	}
+}
 
 func (m *memo) get(b []byte) ([]byte, bool) {
 	m.mu.RLock()

@@ -128,6 +128,7 @@ func (s *Server) janitor() {
 		}
 		last = now
 		if flushing {
+			s.shared.age(now)
 			if err := s.flush(s.ctx); err != nil && s.ctx.Err() == nil {
 				s.log.Error("what nodes report could not be stored", zap.Error(err))
 			}

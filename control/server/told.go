@@ -45,8 +45,8 @@ func (k *told) drop(id wire.NodeID) {
 		return
 	}
 	l = slices.Delete(l, i, i+1)
-	if cap(l) > 64 && len(l) < cap(l)/4 {
-		l = append(make(told, 0, 2*len(l)), l...)
+	if cap(l) > 64 && len(l) < cap(l)/2 {
+		l = append(make(told, 0, len(l)+len(l)/4), l...)
 	}
 	*k = l
 }

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 
 	"mesh/control/wire"
 )
@@ -41,7 +42,7 @@ func TestTold(t *testing.T) {
 			t.Fatalf("place %d has node %d, want %d", i, v.node.ID, ids[i])
 		}
 	}
-	if cap(k) > 8*len(k)+fewChanges {
+	if cap(k) > 2*len(k)+fewChanges {
 		t.Errorf("room for %d is kept for %d", cap(k), len(k))
 	}
 }
@@ -73,5 +74,23 @@ func TestChanges(t *testing.T) {
 	}
 	if len(want) > 0 {
 		t.Errorf("%d changes are missing", len(want))
+	}
+}
+
+// TestMemoForgets shows that what nobody is sent any more is forgotten, and what
+// somebody is sent is not.
+func TestMemoForgets(t *testing.T) {
+	var m memo
+	now := time.Now()
+	m.put([]byte("used"), []byte("u"))
+	m.put([]byte("unused"), []byte("n"))
+	for i := range 4 {
+		m.age(now.Add(time.Duration(i) * memoLife))
+		if b, ok := m.get([]byte("used")); !ok || string(b) != "u" {
+			t.Fatalf("what is used is forgotten after %d turns", i+1)
+		}
+	}
+	if _, ok := m.get([]byte("unused")); ok {
+		t.Error("what is not used is kept")
 	}
 }

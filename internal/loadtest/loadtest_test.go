@@ -50,6 +50,7 @@ func TestPhases(t *testing.T) {
 		{"groups", 200, 20},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel() // most of it is waiting
 			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 			defer cancel()
 			cfg := serve(t)
@@ -64,7 +65,7 @@ func TestPhases(t *testing.T) {
 			defer m.Close()
 			for _, phase := range []func() Phase{
 				func() Phase { return m.Join(ctx) },
-				func() Phase { return m.Endpoints(ctx, 10) },
+				func() Phase { return m.Endpoints(ctx, 4) },
 				func() Phase { return m.Newcomers(ctx, 3) },
 				func() Phase { return m.Policy(ctx) },
 				func() Phase { return m.Reconnect(ctx) },
