@@ -27,6 +27,17 @@ import (
 // TestClientProtocolErrors in derp, F 76 TestEvilRelay_F76 and
 // internal/tunnel TestBadNetwork and TestSourceMismatch. F 77 has no place: there are no mesh keys.
 
+// Goals of the control plane, by their numbers: 11 TestControlOutage,
+// TestControlOutageInRealTime, internal/engine TestAnHourWithoutControl; 12
+// TestRemovedNodeIsCutOff, TestNarrowedPolicyCutsConnections,
+// TestSuspendedUserIsCutOff, TestBothEndsHearOfWithdrawal; 13 TestRemovedWhileCutOff,
+// TestMaxStale, TestSilentControl, TestPeerKeyExpiresWithoutControl; 14
+// TestRelayCutsRemovedNode_F71; 18 TestReconnectStorm_C36 of control/server and
+// internal/loadtest; 19 TestOneTimeKeyRace, 20 TestPolicyReachesEveryNode there; 23
+// TestKillLosesNothingAcknowledged, TestTornLog, TestFullDisk of control/store; 27
+// TestClockLeaps_C40 of control/server, TestClockPutBack of internal/tunnel,
+// TestExpiryByWhichClock of internal/netmap.
+
 const narrowPolicy = `{
 	"tagOwners": {"tag:a": [], "tag:b": [], "tag:c": []},
 	"acls": [

@@ -108,20 +108,7 @@ func TestSilentControl(t *testing.T) {
 	silence := make(chan struct{})
 	a := m.Node("a", []string{"tag:a"})
 	b := m.Node("b", []string{"tag:a"}, func(n *mesh.Node) {
-		n.MaxStale = limit
-		n.DialTCP = func(ctx context.Context, network, addr string) (net.Conn, error) {
-			select {
-			case <-silence:
-				<-ctx.Done()
-				return nil, ctx.Err()
-			default:
-			}
-			c, err := new(net.Dialer).DialContext(ctx, network, addr)
-			if err != nil {
-				return nil, err
-			}
-			return &mutable{Conn: c, silence: silence, closed: make(chan struct{})}, nil
-		}
+		n.MaxStale, n.DialTCP = limit, dialUntil(silence)
 	})
 	meshtest.Up(t, a, b)
 	know(t, a, b)
@@ -145,6 +132,56 @@ func TestSilentControl(t *testing.T) {
 		t.Errorf("cut off after %v", took)
 	}
 	t.Logf("cut off after %v", took)
+}
+
+// Goal 13: a node that cannot hear of it is put out by its peers all the same.
+func TestRemovedWhileCutOff(t *testing.T) {
+	m := meshtest.Start(t, openPolicy)
+	silence := make(chan struct{})
+	a := m.Node("a", []string{"tag:a"})
+	b := m.Node("b", []string{"tag:a"}, func(n *mesh.Node) { n.DialTCP = dialUntil(silence) })
+	meshtest.Up(t, a, b)
+	know(t, a, b)
+	atA, atB := connect(t, a, b)
+	meshtest.Until(t, "a direct path", func() bool { return pathTo(b, a) == "direct" })
+	l, err := a.Listen("tcp", ":7")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	close(silence)
+	if err := m.Admin.RemoveNode(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]net.Conn{"the peer's": atA, "its own": atB} {
+		if err := readUntilError(c); !errors.Is(err, mesh.ErrRevoked) {
+			t.Errorf("%s end: %v", name, err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if c, err := b.Dial(ctx, "tcp", "a:7"); err == nil {
+		c.Close()
+		t.Error("it gets in again")
+	}
+}
+
+// dialUntil returns a dialler whose connections bring nothing any more, and which
+// makes no others, from silence on.
+func dialUntil(silence <-chan struct{}) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		select {
+		case <-silence:
+			<-ctx.Done()
+			return nil, ctx.Err()
+		default:
+		}
+		c, err := new(net.Dialer).DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return &mutable{Conn: c, silence: silence, closed: make(chan struct{})}, nil
+	}
 }
 
 // mutable is a connection by which nothing comes any more after silence.
