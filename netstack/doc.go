@@ -25,9 +25,14 @@
 // (hold.go).
 //
 // Accept: gVisor completes handshakes in a listening endpoint (a real one, not
-// a forwarder, because only that takes over a SYN that meets TIME_WAIT). One
-// goroutine per Listener moves the connections into a bounded queue; what does
-// not fit is reset, so that a client sees an error and not silence.
+// a forwarder, because only that takes over a SYN that meets TIME_WAIT). A
+// Listener moves them into a bounded queue; what does not fit is reset, so that a
+// client sees an error and not silence.
+//
+// gVisor's stack is built when it is needed first (build.go): by a packet that
+// comes in, a dial, a UDP socket or a listener on one address. Until then
+// listeners on any address are entries of a table, which costs a process full of
+// waiting nodes next to nothing.
 //
 // A packet to an own address never reaches the link, it is turned round inside.
 //

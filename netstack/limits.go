@@ -31,7 +31,8 @@ type Limits struct {
 	// to be, dialled or being dialled. Beyond it a dial fails with
 	// ErrTooManyConnections, and who connects is reset. Of those that were
 	// closed with data still to be sent as many again go on in the background;
-	// beyond that the oldest is reset. 0 means 1,024, or as many as
+	// beyond that, or when there is no memory for what they have to send, the
+	// oldest is reset. 0 means 1,024, or as many as
 	// ReceiveMemory has room for if that is less.
 	Connections int
 	// AcceptBacklog bounds the connections that wait for Accept, by listener;
