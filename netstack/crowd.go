@@ -20,8 +20,8 @@ const (
 	crowdMost   = 48       // packets that wait at most,
 	crowdBytes  = 32 << 10 // and their bytes
 
-	// crowdFollow is how many packets may wait with those that follow them.
-	crowdFollow = 1024
+	// crowdFollow is how many bytes may wait with those that follow them.
+	crowdFollow = 2 << 20
 )
 
 // crowd lets the small packets of many busy connections leave together: what
@@ -75,6 +75,14 @@ func (t *train) has(ports uint32) bool {
 		tcp := segmentOf(p)
 		return tcp != nil && binary.BigEndian.Uint32(tcp) == ports
 	})
+}
+
+// bytes is the length of all packets in the train.
+func (t *train) bytes() (n int) {
+	for _, p := range t.packets {
+		n += len(p)
+	}
+	return n
 }
 
 // join takes a copy of a packet if it is one of a crowd, to be sent soon; start
@@ -131,8 +139,8 @@ func (c *crowd) send(packets [][]byte) {
 }
 
 // follow takes copies of packets of one connection if others of it wait or are
-// being sent: whoever sends those looks again for what waits. Beyond some
-// megabytes TCP has to put them in order.
+// being sent: whoever sends those looks again for what waits. Beyond crowdFollow
+// TCP has to put them in order.
 func (c *crowd) follow(packets [][]byte) bool {
 	tcp := segmentOf(packets[0])
 	if tcp == nil {
@@ -147,7 +155,7 @@ func (c *crowd) follow(packets [][]byte) bool {
 	if c.wait == nil {
 		c.wait = &train{buf: make([]byte, 0, crowdBytes)}
 	}
-	if len(c.wait.packets)+len(packets) > crowdFollow {
+	if c.wait.bytes()+(&train{packets: packets}).bytes() > crowdFollow {
 		return false
 	}
 	for _, p := range packets {
