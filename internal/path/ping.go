@@ -46,6 +46,9 @@ func (p *Path) Ping(ctx context.Context, key identity.NodePublic, answer func(Po
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
 	fail := func(err error) error { return fmt.Errorf("ping %s: %w", key.Short(), err) }
+	if ctx.Err() != nil {
+		return fail(context.Cause(ctx)) // a quick peer's answer might be taken first
+	}
 	pe := p.open(key)
 	if pe == nil {
 		return fail(ErrUnknownPeer)
