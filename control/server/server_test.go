@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -24,7 +25,7 @@ func TestTwoNodesMeet(t *testing.T) {
 	allow(w)
 	key := w.key(store.Key{Reusable: true})
 	a, b := w.machine().join(key), w.machine().join(key)
-	na := a.poll(nil)
+	na := a.poll(func(r *wire.MapRequest) { r.MeshInstance = "one" })
 	if na.self == nil || na.self.Name != "agent.mesh.internal." || !na.self.MachineAuthorized || len(na.self.Addresses) != 2 {
 		t.Fatalf("self: %+v", na.self)
 	}
@@ -54,6 +55,34 @@ func TestTwoNodesMeet(t *testing.T) {
 	if len(na.last.PeersChangedPatch) == 0 || len(na.last.PeersChanged) > 0 {
 		t.Errorf("endpoints came as %+v, want a patch", na.last)
 	}
+}
+
+// Some stock clients lose patches of a node that they have just heard of: they get
+// it whole until they have surely taken it in.
+func TestStockHearsOfNewcomers(t *testing.T) {
+	bubble(t, nil, func(t *testing.T, w *world) {
+		allow(w)
+		key := w.key(store.Key{Reusable: true})
+		ours, stock, b := w.machine().join(key), w.machine().join(key), w.machine().join(key)
+		nOurs, nStock := ours.poll(func(r *wire.MapRequest) { r.MeshInstance = "one" }), stock.poll(nil)
+		id := b.poll(nil).self.ID
+		for i, want := range []struct {
+			n     *netmap
+			patch bool
+		}{{nOurs, true}, {nStock, false}, {nStock, true}} {
+			if i == 2 {
+				time.Sleep(takenIn + time.Second)
+			}
+			ep := netip.AddrPortFrom(netip.MustParseAddr("192.0.2.7"), uint16(i+1))
+			if status, _ := b.lite(func(r *wire.MapRequest) { r.Endpoints = []netip.AddrPort{ep} }); status != 200 {
+				t.Fatalf("lite update: %d", status)
+			}
+			want.n.until(t, "b's endpoints", func() bool { p := want.n.peers[id]; return p != nil && slices.Contains(p.Endpoints, ep) })
+			if got := len(want.n.last.PeersChangedPatch) > 0; got != want.patch {
+				t.Errorf("%d: endpoints came as %+v", i, want.n.last)
+			}
+		}
+	})
 }
 
 func TestLogoutOfEphemeralNode(t *testing.T) {

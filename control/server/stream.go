@@ -61,6 +61,12 @@ type pending struct {
 	last   *wire.Node     // with code: what the node is to think of itself, nil = as before
 }
 
+// takenIn is when a stock client has surely taken a new peer in. Some versions lose
+// patches that come before: they would not know the endpoints of a node that
+// joined a moment ago, and reach it by relay until it sends something itself.
+// Ours, which name their process, do not.
+const takenIn = 10 * time.Second
+
 func newStream(id wire.NodeID, c *client) *stream {
 	return &stream{
 		id: id, client: c, wake: make(chan struct{}, 1), urgent: make(chan struct{}, 1),
@@ -265,7 +271,7 @@ func (s *Server) collect(st *stream) (n news) {
 			return
 		}
 		before(id)
-		if had != nil && same {
+		if had != nil && same && (st.instance != "" || s.cfg.Now().Sub(other.Created) > takenIn) {
 			n.patched = append(n.patched, step{had, v, v.with(routes)})
 		} else {
 			n.whole = append(n.whole, v.with(routes))
