@@ -263,6 +263,44 @@ func TestStockIsRemoved(t *testing.T) {
 	whoAmI(t, laptop, ours, false)
 }
 
+// The stock nodes of a user who is suspended are cut off and reach nobody, and are
+// back, as what they were, once that ends.
+func TestStockUserIsSuspended(t *testing.T) {
+	t.Parallel()
+	m := meshtest.Start(t, openPolicy)
+	if _, err := m.Admin.CreateUser(t.Context(), "ann@example.com"); err != nil {
+		t.Fatal(err)
+	}
+	laptop := stock(t, "laptop", m.Host.URL(), m.Key(admin.KeyCreate{User: "ann@example.com"}), nil)
+	laptop.up()
+	laptop.services()
+	ours := startAgent(t, m, "agent", []string{"tag:a"})
+	know(t, laptop, ours)
+	before := laptop.status().Self
+	c := echoConn(t, ours, laptop)
+	if _, err := m.Admin.SuspendUser(t.Context(), "ann@example.com", 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := cutOff(t, c); !errors.Is(err, mesh.ErrRevoked) {
+		t.Errorf("our connection ended with %v", err)
+	}
+	if _, err := ours.Dial(t.Context(), "tcp", port(laptop, false, 7)); err == nil {
+		t.Error("a node of a suspended user was reached")
+	}
+	if _, err := m.Admin.ResumeUser(t.Context(), "ann@example.com"); err != nil {
+		t.Fatal(err)
+	}
+	know(t, laptop, ours)                                    // it asks again within half a minute
+	until(t, "the stock node to answer again", func() bool { // see TestStockExpires
+		_, err := ours.fetch("http://"+port(laptop, false, 80)+"/whois", 0)
+		return err == nil
+	})
+	talk(t, laptop, ours, true)
+	if now := laptop.status().Self; now.ID != before.ID || now.PublicKey != before.PublicKey {
+		t.Errorf("it came back as %+v, was %+v", now, before)
+	}
+}
+
 // An ephemeral stock node that dies without a word is removed after a while.
 func TestStockEphemeralDies(t *testing.T) {
 	m := meshtest.Start(t, openPolicy, quickOffline, func(c *host.Config) { c.EphemeralTimeout = time.Second })
