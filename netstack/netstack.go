@@ -352,8 +352,8 @@ func (s *Stack) Close() error {
 	}
 	s.mu.Unlock()
 
-	close(s.closing)
 	s.buildMu.Lock() // whoever builds has done so, and nobody will
+	close(s.closing)
 	s.buildMu.Unlock()
 	s.link.taking.close()
 	for _, d := range dials {

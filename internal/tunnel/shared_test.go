@@ -29,12 +29,12 @@ func TestToldApart(t *testing.T) {
 		t.Error("the key to come is not owned")
 	}
 
-	p, err := x.t.obtain(y.key, time.Now())
-	if err == nil {
+	if _, err := x.t.obtain(y.key, time.Now()); err == nil {
 		t.Fatal("a peer that nobody knows")
 	}
 	x.knows(y)
-	if p, err = x.t.obtain(y.key, time.Now()); err != nil {
+	p, err := x.t.obtain(y.key, time.Now())
+	if err != nil {
 		t.Fatal(err)
 	}
 	seen := make(map[uint32]bool)
