@@ -30,6 +30,7 @@ type Conn struct {
 	readMu sync.Mutex // serialises Read; guards the fields below
 	dst    tcpip.SliceWriter
 	window window // but for extra, which mu guards
+	asked  bool   // we dialled, and Read has not waited yet
 	eof    bool   // Read saw the end of the stream
 
 	writeMu sync.Mutex // serialises Write; guards the fields below
@@ -108,6 +109,10 @@ func (c *Conn) Read(b []byte) (int, error) {
 			return res.Count, nil
 		case *tcpip.ErrWouldBlock:
 			c.in.empty()
+			if c.asked {
+				c.asked = false
+				c.s.link.hold.release(c.flow)
+			}
 			c.waitFor(c.readable, by)
 			continue
 		}
@@ -261,11 +266,12 @@ func (c *Conn) Close() error {
 	return nil
 }
 
-// reserve takes the connection's share of the stack's budget.
-func (c *Conn) reserve() (err error) {
+// reserve takes the connection's share of the stack's budget. accepted says that it
+// is a peer's.
+func (c *Conn) reserve(accepted bool) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.reserved, c.room, err = c.s.budget.open(c.ep)
+	c.reserved, c.room, err = c.s.budget.open(c.ep, accepted)
 	return err
 }
 

@@ -79,7 +79,7 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	defer s.wg.Done()
 	c := newConn(s, ep, &wq)
-	err = c.reserve()
+	err = c.reserve(false)
 	if err == nil {
 		err = s.connect(ctx, c, d, local, remote)
 	}
@@ -88,7 +88,7 @@ func (s *Stack) DialTCP(ctx context.Context, local netip.Addr, remote netip.Addr
 	}
 	if err == nil {
 		c.control()
-		c.flow = flowOf(ep)
+		c.flow, c.asked = flowOf(ep), true
 		c.in = s.link.tallies.add(c.flow, ep.SocketOptions())
 		err = s.track(func() { delete(s.dials, ep); s.conns[ep] = c })
 	}

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"bytes"
 	"encoding/binary"
 	"hash/maphash"
 	"sync"
@@ -28,12 +29,15 @@ const (
 // gVisor acknowledges every segment at once. Only what it says as news, with no
 // other meaning, may wait: the first acknowledgement of less than two
 // full segments since anything was sent, which says nothing of losses and
-// opens no window. A second one leaves at once, so that a sender is never kept
-// waiting for more than every other segment; so do duplicates, those with SACK
-// blocks, and the one that ends a handshake. What waits is replaced by the next
-// packet of its connection, which says as much, or leaves when its time is up.
+// opens no window; and the one that ends the handshake of a connection that we
+// began, since most who dial have something to say: release sends it for those who
+// would rather listen. A second one leaves at once, so that a sender is never kept
+// waiting for more than every other segment; so do duplicates and those with SACK
+// blocks. What waits is replaced by the next packet of its connection, which says
+// as much, or leaves when its time is up.
 type hold struct {
-	send  func([]byte)
+	send  func([][]byte)
+	wait  time.Duration // how long
 	seed  maphash.Seed
 	most  uint32         // progress that does not wait, in bytes
 	epoch time.Time      // where the clock of slots begins
@@ -51,14 +55,15 @@ type holdSlot struct {
 	id      uint64 // of the connection; 0 = free
 	ack     uint32 // last acknowledgement that left
 	window  uint16 // that it announced
+	opening bool   // we asked for the connection, and have acknowledged nothing yet
 	waits   bool   // what is in held
 	heldAck uint32
 	until   time.Duration // when held has to leave, by the epoch
 	held    []byte
 }
 
-func (h *hold) init(mtu int, send func([]byte)) {
-	h.send, h.seed, h.epoch = send, maphash.MakeSeed(), time.Now()
+func (h *hold) init(mtu int, send func([][]byte)) {
+	h.send, h.wait, h.seed, h.epoch = send, holdFor, maphash.MakeSeed(), time.Now()
 	h.most = 2 * uint32(mtu-80)
 }
 
@@ -93,20 +98,18 @@ func (h *hold) keep(p []byte) (waits bool, first []byte) {
 	if s == nil {
 		return false, nil
 	}
-	if s.id != id {
-		known := flags&header.TCPFlagAck != 0
+	if s.id != id || flags&header.TCPFlagAck == 0 { // a new connection, or none any more
 		*s = holdSlot{held: s.held[:0]}
-		if known {
+		switch {
+		case flags == header.TCPFlagSyn:
+			s.id, s.opening = id, true
+		case flags&header.TCPFlagAck != 0:
 			s.id, s.ack, s.window = id, ack, window
 		}
 		return false, nil
 	}
 	before := *s
-	if flags&header.TCPFlagAck == 0 {
-		*s = holdSlot{held: s.held[:0]} // a new connection, or none any more
-		return false, nil
-	}
-	s.ack, s.window, s.waits = ack, window, false
+	s.ack, s.window, s.opening, s.waits = ack, window, false, false
 	if flags != header.TCPFlagAck || len(p) > l3+int(tcp[header.TCPDataOffset]>>4)*4 {
 		s.waits = before.waits && int32(ack-before.heldAck) < 0 // else it says what waited, and more
 		return false, nil
@@ -116,19 +119,45 @@ func (h *hold) keep(p []byte) (waits bool, first []byte) {
 		first = append([]byte(nil), before.held...)
 		return false, first
 	}
-	progress := ack - before.ack
-	if before.waits || int32(progress) <= 0 || progress >= h.most || saysMore(tcp) ||
-		before.window == 0 || int(window) > 2*int(before.window) || h.closed {
+	if h.closed || saysMore(tcp) {
 		return false, nil
 	}
-	s.ack, s.window = before.ack, before.window
+	if !before.opening {
+		progress := ack - before.ack
+		if before.waits || int32(progress) <= 0 || progress >= h.most ||
+			before.window == 0 || int(window) > 2*int(before.window) {
+			return false, nil
+		}
+		s.ack, s.window = before.ack, before.window
+	}
 	s.waits, s.heldAck = true, ack
 	s.held = append(s.held[:0], p...)
-	s.until = time.Since(h.epoch) + holdFor
+	s.until = time.Since(h.epoch) + h.wait
 	if !h.armed {
-		h.arm(holdFor)
+		h.arm(h.wait)
 	}
 	return true, nil
+}
+
+// release sends what waits of a connection.
+func (h *hold) release(f Flow) {
+	from, to := f.Local.Addr().AsSlice(), f.Remote.Addr().AsSlice()
+	flow := append(append(make([]byte, 0, 36), from...), to...)
+	flow = binary.BigEndian.AppendUint16(flow, f.Local.Port())
+	flow = binary.BigEndian.AppendUint16(flow, f.Remote.Port())
+	id := max(1, maphash.Bytes(h.seed, flow))
+	h.mu.Lock()
+	var p []byte
+	if h.slots != nil {
+		if s := h.slot(id); s != nil && s.id == id && s.waits {
+			p = bytes.Clone(s.held)
+			s.waits, s.ack = false, s.heldAck
+		}
+	}
+	h.mu.Unlock()
+	if p != nil {
+		h.send([][]byte{p})
+	}
 }
 
 // slot returns the slot of a connection, or one that it may take over; nil if
@@ -195,8 +224,8 @@ func (h *hold) expire() {
 		h.arm(next)
 	}
 	h.mu.Unlock()
-	for _, p := range due {
-		h.send(p)
+	if len(due) > 0 {
+		h.send(due)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
@@ -49,7 +50,11 @@ func TestHoldKeeps(t *testing.T) {
 			"news past the wrap":      {[][]byte{pkt(data, 1<<32-1, 500, 10), pkt(ackOnly, 7, 500, 0)}, true, false},
 			"data":                    {[][]byte{request, pkt(data, 101, 500, 1)}, false, false},
 			"unknown connection":      {[][]byte{pkt(ackOnly, 101, 500, 0)}, false, false},
-			"end of the handshake":    {[][]byte{request, pkt(syn, 0, 500, 0), pkt(ackOnly, 101, 500, 0)}, false, false},
+			"end of the handshake":    {[][]byte{request, pkt(syn, 0, 500, 0), pkt(ackOnly, 101, 500, 0)}, true, false},
+			"end of an answered one":  {[][]byte{pkt(syn|ackOnly, 100, 500, 0), pkt(ackOnly, 100, 500, 0)}, false, false},
+			"end of it twice":         {[][]byte{pkt(syn, 0, 500, 0), pkt(ackOnly, 101, 500, 0), pkt(ackOnly, 101, 500, 0)}, false, true},
+			"data after the end":      {[][]byte{pkt(syn, 0, 500, 0), pkt(ackOnly, 101, 500, 0), pkt(data, 101, 500, 1)}, false, false},
+			"news after the end":      {[][]byte{pkt(syn, 0, 500, 0), pkt(ackOnly, 101, 500, 0), pkt(ackOnly, 102, 500, 0)}, false, false},
 			"duplicate":               {[][]byte{request, pkt(ackOnly, 100, 500, 0)}, false, false},
 			"old":                     {[][]byte{request, pkt(ackOnly, 99, 500, 0)}, false, false},
 			"duplicate of one held":   {[][]byte{request, pkt(ackOnly, 101, 500, 0), pkt(ackOnly, 101, 500, 0)}, false, true},
@@ -69,7 +74,7 @@ func TestHoldKeeps(t *testing.T) {
 			"nothing":                 {[][]byte{request, {}}, false, false},
 		} {
 			var h hold
-			h.init(1280, func([]byte) {})
+			h.init(1280, func([][]byte) {})
 			var waits bool
 			var first []byte
 			for _, p := range c.sent {
@@ -142,11 +147,79 @@ func TestHoldTravelsWithAnswer(t *testing.T) {
 	}
 }
 
+// Who dials and speaks first ends the handshake with what he says, and who listens
+// first does not keep the other side waiting.
+func TestHoldHandshake(t *testing.T) {
+	a, b, w := newPair(t, Config{})
+	a.link.hold.wait = time.Hour
+	var acks atomic.Int64
+	var port atomic.Uint32 // of the listener
+	w.setFilter(func(toB bool, packets [][]byte) [][]byte {
+		for _, p := range packets {
+			l3 := 40
+			if p[0]>>4 == 4 {
+				l3 = 20
+			}
+			if toB && uint32(binary.BigEndian.Uint16(p[l3+2:])) == port.Load() &&
+				p[l3+13] == byte(header.TCPFlagAck) && len(p) == l3+int(p[l3+12]>>4)*4 {
+				acks.Add(1)
+			}
+		}
+		return packets
+	})
+	for _, addr := range []netip.Addr{b4, b6} {
+		for _, greets := range []bool{false, true} {
+			l, err := b.Listen("tcp", netip.AddrPortFrom(addr, 0))
+			if err != nil {
+				t.Fatal(err)
+			}
+			acks.Store(0)
+			port.Store(uint32(l.addr.Port()))
+			served := make(chan error, 1)
+			go func() {
+				served <- func() error {
+					c, err := l.Accept()
+					if err != nil {
+						return err
+					}
+					defer c.Close()
+					if greets {
+						_, err = c.Write([]byte("hello"))
+						return err
+					}
+					_, err = io.ReadFull(c, make([]byte, 5))
+					return err
+				}()
+			}()
+			c, err := a.DialTCP(t.Context(), netip.Addr{}, l.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := acks.Load(); n != 0 {
+				t.Errorf("%v, greets %v: the handshake ended with a packet of its own", addr, greets)
+			}
+			if greets {
+				_, err = io.ReadFull(c, make([]byte, 5))
+			} else {
+				_, err = c.Write([]byte("hello"))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := <-served; err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+			l.Close()
+		}
+	}
+}
+
 // So many connections at once find room, each whatever the others do.
 func TestHoldManyConnections(t *testing.T) {
 	const conns = 64
 	var h hold
-	h.init(1280, func([]byte) {})
+	h.init(1280, func([][]byte) {})
 	defer h.close()
 	waiting := 0
 	for range 2 {

@@ -122,8 +122,10 @@ func attach(st *stack.Stack) error {
 }
 
 // open makes room for a connection, and returns what it reserved to receive and to
-// send, sureBuffer at least; or ErrTooManyConnections.
-func (b *budget) open(ep *tcp.Endpoint) (receive, send int64, err error) {
+// send, sureBuffer at least; or ErrTooManyConnections. accepted says that the peer
+// knows of the connection: what it sent at once may have filled the window that it
+// began with, and it has to hear that there is more room now.
+func (b *budget) open(ep *tcp.Endpoint, accepted bool) (receive, send int64, err error) {
 	b.mu.Lock()
 	if b.conns >= b.most {
 		b.mu.Unlock()
@@ -137,7 +139,7 @@ func (b *budget) open(ep *tcp.Endpoint) (receive, send int64, err error) {
 	b.spareSend -= send - sureBuffer
 	b.mu.Unlock()
 	ops := ep.SocketOptions()
-	ops.SetReceiveBufferSize(receive, false)
+	ops.SetReceiveBufferSize(receive, accepted)
 	ops.SetSendBufferSize(send, true) // from now on gVisor does not size it
 	return receive, send, nil
 }

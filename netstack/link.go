@@ -36,7 +36,7 @@ func newLink(mtu int, out func([][]byte), size func(netip.Addr) int) *link {
 	l.trains.New = func() any { return new(train) }
 	l.sending.init()
 	l.taking.init()
-	l.hold.init(mtu, l.sendOne)
+	l.hold.init(mtu, l.sendLate)
 	l.crowd.out = out
 	return l
 }
@@ -86,13 +86,13 @@ func (l *link) waits(p []byte) bool {
 	return waits
 }
 
-// sendOne sends a packet that waited.
-func (l *link) sendOne(p []byte) {
+// sendLate sends packets that waited.
+func (l *link) sendLate(packets [][]byte) {
 	if !l.sending.enter() {
 		return
 	}
 	defer l.sending.leave()
-	l.out([][]byte{p})
+	l.out(packets)
 }
 
 // close returns when out is not called any more.

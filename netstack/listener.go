@@ -147,7 +147,7 @@ func (l *Listener) offer(ep *tcp.Endpoint, wq *waiter.Queue) {
 	c := newConn(l.s, ep, wq)
 	c.control()
 	c.flow = flowOf(ep)
-	if err := c.reserve(); err != nil {
+	if err := c.reserve(true); err != nil {
 		c.reset(err)
 		return
 	}

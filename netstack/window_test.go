@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
+	"slices"
 	"testing"
 	"time"
 )
@@ -112,5 +114,42 @@ func TestWidenUpToWhatIsLeft(t *testing.T) {
 				t.Errorf("%d: took %d, want %d", i, got, want)
 			}
 		}
+	}
+}
+
+// What comes with the end of the handshake may fill the window that a connection
+// begins with before it has its share of the memory. Its peer hears of the larger
+// window then, and need not ask for it.
+func TestWindowOpensForEarlyData(t *testing.T) {
+	a, b, w := newPair(t, Config{})
+	w.setFilter(func(toB bool, packets [][]byte) [][]byte {
+		return slices.DeleteFunc(packets, func(p []byte) bool {
+			return toB && len(p) == 20+int(p[32]>>4)*4+1 // asks whether there is room
+		})
+	})
+	l, err := b.Listen("tcp", netip.AddrPortFrom(b4, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for range 20 {
+		c, err := a.DialTCP(t.Context(), netip.Addr{}, netip.AddrPortFrom(b4, l.addr.Port()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		const size = 64 << 10
+		if _, err := c.Write(make([]byte, size)); err != nil {
+			t.Fatal(err)
+		}
+		in, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.SetDeadline(time.Now().Add(10 * time.Second))
+		if n, err := io.ReadFull(in, make([]byte, size)); err != nil {
+			t.Fatalf("after %d of %d bytes: %v", n, size, err)
+		}
+		c.Close()
+		in.Close()
 	}
 }

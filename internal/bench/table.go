@@ -122,6 +122,19 @@ func median(v []float64) float64 {
 	return (v[len(v)/2] + v[(len(v)-1)/2]) / 2
 }
 
+// ratio compares two stacks: the median of what each round says, since what the
+// machine is capable of changes more from minute to minute than within a round.
+func ratio(a, b []float64) float64 {
+	if len(a) != len(b) { // a round failed
+		return median(a) / median(b)
+	}
+	each := make([]float64, len(a))
+	for i := range a {
+		each[i] = a[i] / b[i]
+	}
+	return median(each)
+}
+
 // print writes the table: medians, and the ratio of the first stack to the
 // others.
 func (b *bench) print(w io.Writer) {
@@ -145,11 +158,11 @@ func (b *bench) print(w io.Writer) {
 			row = append(row, number(m[len(m)-1]))
 		}
 		vs := math.NaN() // tsnet
-		for i, s := range b.stacks[1:] {
-			ratio := m[0] / m[i+1]
-			row = append(row, number(ratio))
+		for _, s := range b.stacks[1:] {
+			r := ratio(b.figures[name][b.stacks[0].name], b.figures[name][s.name])
+			row = append(row, number(r))
 			if s.name == "tsnet" {
-				vs = ratio
+				vs = r
 			}
 		}
 		text, met := "", ""
